@@ -1,0 +1,376 @@
+"""The application: every part built once, started and stopped in order.
+
+Owns the clocks, the randomness and the one task group; everybody else is handed them.
+"""
+
+import asyncio
+import contextlib
+import gc
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final
+
+from aiohttp import web
+
+from gwproxy import assets
+from gwproxy.admin.auth import AdminAuth
+from gwproxy.admin.health import Health
+from gwproxy.admin.routes import Admin
+from gwproxy.admin.routes import routes as admin_routes
+from gwproxy.config import Config, Listen
+from gwproxy.core.pricing import PriceBook
+from gwproxy.core.routing import CATALOGUE, Link, Provider, Routes, max_tokens_field
+from gwproxy.core.tokens import ByteEstimate, choose_counter
+from gwproxy.log import Log, capture_libraries
+from gwproxy.metrics import Metrics
+from gwproxy.proxy.dispatch import Dispatch, Endpoint
+from gwproxy.proxy.handler import ChatHandler
+from gwproxy.proxy.intake import Intake
+from gwproxy.proxy.models import ModelsHandler
+from gwproxy.proxy.reply import Patience
+from gwproxy.proxy.upstream import Upstream
+from gwproxy.state.books import Books
+from gwproxy.state.directory import Directory
+from gwproxy.state.keyring import Keyring
+from gwproxy.storage.database import Database
+from gwproxy.web import Front, Listener, Route, Router, request_ids
+
+BACKLOG: Final = 4096
+"""Connections that the kernel keeps while the loop is busy; it cuts this to its own limit."""
+
+PASSTHROUGH: Final = "upstream"
+"""The provider's name where an OpenAI-compatible server takes model names as they come."""
+
+GIL_SWITCH_S: Final = 0.0005
+"""With Python's default of 5 ms one busy thread (the log, SQLite) holds up every stream so long."""
+
+KEY_USE_STORED_EVERY_S: Final = 60.0
+
+
+class App:
+    """A running gateway: `async with await App.start(config, log)`; `addresses` are open."""
+
+    def __init__(self, config: Config, log: Log) -> None:
+        self.config = config
+        self.log = log
+        self.draining = False
+        self.addresses: list[str] = []
+        self._loop = asyncio.get_running_loop()
+        self._cleanups: list[Callable[[], Awaitable[None] | None]] = []
+        self._servers: list[asyncio.Server] = []
+        self._listeners: list[Listener] = []
+        self._fronts: list[Front] = []
+
+    # -- building ----------------------------------------------------------------------------
+
+    @classmethod
+    async def start(cls, config: Config, log: Log) -> "App":
+        app = cls(config, log)
+        try:
+            await app._build()
+        except BaseException:
+            await app._clean_up()
+            raise
+        return app
+
+    async def _build(self) -> None:
+        config = self.config
+        for warning in config.warnings:
+            self.log.event("warning", "configuration", message=warning)
+        if config.admin.key is None:
+            self.log.event("info", "admin key not set: the bootstrap key is off")
+        counter = choose_counter(assets.ranks())
+        prices = PriceBook(assets.prices(), _overrides(config))
+        routes = build_routes(config, prices)
+        metrics = Metrics(*_labels(routes, prices))
+        if isinstance(counter, ByteEstimate):
+            metrics.tokenizer_fallback.set(1)
+            self.log.event("error", "tokenizer failed: tokens are estimated", fault=counter.fault)
+
+        database = await Database.open(config.storage.path)
+        self._cleanups.append(database.close)
+        keyring = Keyring()
+        directory = await Directory.open(database, keyring, time.time, secrets.randbelow)
+        self._cleanups.append(directory.flush)
+
+        upstream = self._open_upstream(metrics)
+        self._upstream = upstream
+        dispatch = self._build_dispatch(upstream, metrics)
+        books = Books(prices, metrics, count=counter.count, clock=time.time)
+        intake = Intake(
+            max_body_bytes=config.limits.max_body_bytes,
+            body_timeout_s=config.limits.body_timeout_s,
+        )
+        chat = ChatHandler(
+            keyring=keyring,
+            intake=intake,
+            routes=routes,
+            books=books,
+            dispatch=dispatch,
+            metrics=metrics,
+            clock=time.time,
+        )
+        models = ModelsHandler(keyring, routes, prices, extra=config.prices.models, clock=time.time)
+        auth = AdminAuth(config.admin.key.reveal() if config.admin.key else None, self._loop.time)
+        health = Health(metrics, lambda: self.draining)
+        public = [
+            Route("POST", "/v1/chat/completions", chat.handle, "chat", traced=True),
+            Route("GET", "/v1/models", models.list, "models", traced=True),
+            Route("GET", "/v1/models/{model_id:path}", models.show, "models", traced=True),
+        ]
+        if config.server.chat_alias:
+            public.append(Route("POST", "/chat", chat.handle, "chat", traced=True))
+        checks = [
+            Route("GET", path, handler, "health")
+            for path, handler in (
+                ("/health", health.live),
+                ("/health/live", health.live),
+                ("/health/ready", health.ready),
+            )
+        ]
+
+        def admins_only(request: web.BaseRequest) -> None:
+            auth.check(request.headers, request.remote)
+
+        admin = [
+            Route(method, path, handler, "admin", guard=admins_only)
+            for method, path, handler in admin_routes(Admin(directory, auth))
+        ]
+        scrape_guard = None
+        if config.admin.listen is None and not config.metrics.open:
+            scrape_guard = admins_only
+        scrape = Route("GET", "/metrics", health.metrics, "metrics", guard=scrape_guard)
+
+        ids = request_ids(secrets.token_hex(8))
+        if config.admin.listen is None:
+            public += [*checks, *admin, scrape]
+            await self._listen(config.server.listen, public, ids, metrics)
+        else:
+            await self._listen(config.server.listen, [*public, *checks], ids, metrics)
+            await self._listen(config.admin.listen, [*checks, *admin, scrape], ids, metrics)
+        self._directory = directory
+
+    def _open_upstream(self, metrics: Metrics) -> Upstream:
+        config = self.config.upstream
+        shortest_s = min(
+            config.first_byte_timeout_s, config.answer_timeout_s, config.idle_timeout_s
+        )
+        ca_file = config.ca_file
+        upstream = Upstream(
+            self._loop,
+            connect_timeout_s=config.connect_timeout_s,
+            idle_s=config.idle_connection_s,
+            # Time-outs are found by looking: often enough to be late by a tenth at most.
+            tick_s=min(0.5, max(0.02, shortest_s / 10)),
+            ca_file=str(ca_file) if ca_file else None,
+            late=metrics.loop_stall.observe,
+        )
+        self._cleanups.append(upstream.close)
+        return upstream
+
+    def _build_dispatch(self, upstream: Upstream, metrics: Metrics) -> Dispatch:
+        config = self.config
+        endpoints = {
+            name: Endpoint.build(
+                upstream,
+                root=provider.root,
+                flavour=provider.flavour,
+                token=provider.token.reveal() if provider.token else None,
+            )
+            for name, provider in config.providers.items()
+        }
+        default = Endpoint.build(
+            upstream,
+            root=config.upstream.root,
+            flavour=config.upstream.flavour,
+            token=config.upstream.token.reveal() if config.upstream.token else None,
+        )
+        patience = Patience(
+            first_byte_s=config.upstream.first_byte_timeout_s,
+            answer_s=config.upstream.answer_timeout_s,
+            idle_s=config.upstream.idle_timeout_s,
+            early_commit_s=config.upstream.early_commit_s,
+        )
+        return Dispatch(
+            self._loop,
+            endpoints=endpoints,
+            default=default,
+            patience=patience,
+            metrics=metrics,
+            log=self.log,
+        )
+
+    async def _listen(
+        self, where: Listen, routes: list[Route], ids: Callable[[], str], metrics: Metrics
+    ) -> None:
+        limits = self.config.limits
+        front = Front(
+            Router(routes),
+            request_ids=ids,
+            metrics=metrics,
+            log=self.log,
+            clock=self._loop.time,
+            max_header_bytes=limits.max_header_bytes,
+        )
+        listener = Listener(
+            front,
+            loop=self._loop,
+            max_connections=limits.max_connections,
+            header_timeout_s=limits.header_timeout_s,
+            keepalive_timeout_s=limits.keepalive_timeout_s,
+            request_ids=ids,
+        )
+        self._cleanups.append(listener.stop_sweeping)
+        if where.kind == "tcp":
+            server = await self._loop.create_server(
+                listener, where.host, where.port, backlog=BACKLOG
+            )
+        elif where.kind == "unix":
+            _remove_socket(Path(where.path))
+            server = await self._loop.create_unix_server(listener, where.path, backlog=BACKLOG)
+        else:
+            inherited = socket.socket(fileno=where.fd)
+            server = await self._loop.create_server(listener, sock=inherited, backlog=BACKLOG)
+        self._servers.append(server)
+        self._listeners.append(listener)
+        self._fronts.append(front)
+        for sock in server.sockets:
+            self.addresses.append(_address(sock))
+
+    # -- running and stopping ----------------------------------------------------------------
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Background work until `stopping` is set."""
+        async with asyncio.TaskGroup() as group:
+            storing = group.create_task(self._store_key_use())
+            await stopping.wait()
+            storing.cancel()
+
+    async def _store_key_use(self) -> None:
+        while True:
+            await asyncio.sleep(KEY_USE_STORED_EVERY_S)
+            await self._directory.flush()
+
+    async def stop(self) -> None:
+        """Refuse what is new, let streams finish for `drain_s`, end the rest and settle it."""
+        self.draining = True
+        for front in self._fronts:
+            front.drain()
+        await self._drained(self.config.server.drain_s)
+        for server in self._servers:
+            server.close()
+        self._upstream.end_all()
+        await self._drained(1.0)
+        for listener in self._listeners:
+            await listener.shutdown(0.5)
+        await self._clean_up()
+
+    async def _drained(self, within_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                for front in self._fronts:
+                    await front.idle()
+
+    async def _clean_up(self) -> None:
+        while self._cleanups:
+            result = self._cleanups.pop()()
+            if result is not None:
+                await result
+
+
+async def serve(config: Config, log: Log, announce: Callable[[list[str]], None]) -> None:
+    """Run until SIGTERM or SIGINT. `announce` is called with the addresses once they are open."""
+    capture_libraries(log)
+    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    app = await App.start(config, log)
+    # What was built so far lives as long as the process: the collector need not walk it again.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+    sys.setswitchinterval(GIL_SWITCH_S)
+    announce(app.addresses)
+    log.event("info", "ready", addresses=app.addresses, pid=os.getpid())
+    await app.run(stopping)
+    log.event("info", "stopping", drain_s=config.server.drain_s)
+    await app.stop()
+    log.event("info", "stopped")
+
+
+# -- from the configuration's words to the parts' ------------------------------------------------
+
+
+def build_routes(config: Config, prices: PriceBook) -> Routes:
+    """What resolution reads, from the providers and models of the configuration."""
+    providers = {}
+    for name, table in config.providers.items():
+        if table.flavour == "openai":
+            prefix = table.prefix or ""
+        else:
+            prefix = table.prefix or CATALOGUE.get(name, name)
+        slug = CATALOGUE.get(prefix) or CATALOGUE.get(name) or prefix or name
+        providers[name] = Provider(
+            name,
+            prefix,
+            slug,
+            model=table.model,
+            max_tokens_field=table.max_tokens_field or max_tokens_field(slug),
+        )
+    aliases = {
+        name: tuple(Link(entry.provider, entry.model, entry.weight) for entry in model.chain)
+        for name, model in config.models.items()
+    }
+    as_openai = config.upstream.flavour == "openai"
+    return Routes(
+        providers,
+        aliases,
+        passthrough=Provider(PASSTHROUGH, "", "openai") if as_openai else None,
+        serves_catalogue=not as_openai,
+        catalogue={
+            provider.prices: frozenset(prices.models(provider.prices))
+            for provider in providers.values()
+        },
+    )
+
+
+def _overrides(config: Config) -> dict[str, dict[str, object]]:
+    return {
+        name: {
+            field: getattr(price, field)
+            for field in ("input", "output", "cache_read", "cache_write")
+            if getattr(price, field) is not None
+        }
+        for name, price in config.prices.models.items()
+    }
+
+
+def _labels(routes: Routes, prices: PriceBook) -> tuple[frozenset[str], frozenset[str]]:
+    """The providers and the models that may stand in a metric's labels."""
+    providers = {PASSTHROUGH, *routes.providers}
+    if routes.serves_catalogue:
+        providers |= set(CATALOGUE.values())
+    slugs = {provider.prices for provider in routes.providers.values()} | set(prices.providers())
+    models = {model for slug in slugs for model in prices.models(slug)}
+    return frozenset(providers), frozenset(models)
+
+
+def _remove_socket(path: Path) -> None:
+    """What a process that was killed has left behind; a database lock says that none runs."""
+    if path.is_socket():
+        path.unlink()
+
+
+def _address(sock: socket.socket) -> str:
+    name = sock.getsockname()
+    if isinstance(name, tuple):
+        host = f"[{name[0]}]" if ":" in name[0] else name[0]
+        return f"http://{host}:{name[1]}"
+    return f"unix:{name}"

@@ -1,0 +1,33 @@
+"""The command line: one file a family of commands, found here."""
+
+import argparse
+import importlib
+from collections.abc import Sequence
+from typing import Final
+
+from gwproxy import __version__
+
+FAMILIES: Final = ("serve", "check", "demo", "directory", "prices")
+"""Modules of this package that add commands, in the order of the help text."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 fine, 1 a check failed or the request was
+    refused, 2 usage or configuration, 3 server unreachable."""
+    parser = argparse.ArgumentParser(
+        prog="gwproxy", description="An edge proxy in front of an AI gateway."
+    )
+    parser.add_argument("--version", action="version", version=f"gwproxy {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for family in FAMILIES:
+        importlib.import_module(f"gwproxy.cli.{family}").add_commands(commands)
+    args = parser.parse_args(argv)
+    try:
+        code = args.func(args)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # `gwproxy users list | head`: whoever read has read enough.
+        return 0
+    assert isinstance(code, int)
+    return code

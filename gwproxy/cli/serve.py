@@ -1,0 +1,56 @@
+"""`gwproxy serve`: run the gateway in the foreground."""
+
+import argparse
+import os
+import sys
+
+import uvloop
+
+from gwproxy.app import serve
+from gwproxy.assets import AssetError
+from gwproxy.config import ConfigError, find_config, load
+from gwproxy.core.routing import CATALOGUE
+from gwproxy.log import Log
+from gwproxy.storage.database import DatabaseRefused
+
+FINE = 0
+FAILED = 1
+WRONG_CONFIGURATION = 2
+
+
+def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "serve",
+        help="run the gateway",
+        description="Runs in the foreground, logs JSON lines to stderr, prints its addresses "
+        "on one line of stdout when it is ready. SIGTERM drains and stops it.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="default: $GWPROXY_CONFIG, ./config.toml")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    # Database, sockets and whatever else is made: for this user alone.
+    os.umask(0o077)
+    try:
+        config = load(find_config(args.config, os.environ), os.environ, catalogue=CATALOGUE)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return WRONG_CONFIGURATION
+    log = Log(level=config.log.level)
+    log.start()
+    try:
+        uvloop.run(serve(config, log, _announce))
+    except (DatabaseRefused, AssetError) as error:
+        print(f"gwproxy: {error}", file=sys.stderr)
+        return FAILED
+    except OSError as error:
+        print(f"gwproxy: cannot listen or read: {error}", file=sys.stderr)
+        return FAILED
+    finally:
+        log.stop()
+    return FINE
+
+
+def _announce(addresses: list[str]) -> None:
+    print(f"gwproxy ready on {' '.join(addresses)}", flush=True)

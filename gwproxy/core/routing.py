@@ -1,0 +1,167 @@
+"""From the model a caller names to the candidates that may serve it. Pure tables; draws come in.
+
+A caller never gets a model that he did not name, unless he named an alias or `auto`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+# The gateway's slugs, each with the friendly names that people use for it. A slug is at once the
+# prefix on the compat endpoint and the key of the price table.
+_ALIASES: dict[str, tuple[str, ...]] = {
+    "openai": (),
+    "anthropic": ("claude",),
+    "google-ai-studio": ("google", "gemini"),
+    "google-vertex-ai": ("vertex",),
+    "workers-ai": ("cloudflare",),
+    "groq": (),
+    "mistral": (),
+    "cohere": (),
+    "perplexity-ai": ("perplexity",),
+    "grok": ("xai", "x-ai"),
+    "deepseek": (),
+    "cerebras": (),
+    "baseten": (),
+    "parallel": (),
+}
+
+CATALOGUE: Mapping[str, str] = {
+    name: slug for slug, aliases in _ALIASES.items() for name in (slug, *aliases)
+}
+"""Every known name of a provider, and the gateway's slug for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """One upstream provider as configured. `prefix` goes before the slash of the model's name
+    upstream; empty: the name goes bare. `prices` is its key in the price table."""
+
+    name: str
+    prefix: str
+    prices: str
+    model: str | None = None
+    max_tokens_field: str = "max_tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A provider and a model that may serve a request."""
+
+    provider: Provider
+    model: str
+    """The provider's own name for the model, as the price table knows it."""
+    sent: str
+    """What goes into the body's `model` field."""
+    weight: int = 0
+    verbatim: bool = False
+    """Sent as it came: a price for the whole name comes before one for its parts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One entry of a configured chain."""
+
+    provider: str
+    model: str | None = None
+    weight: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """Everything that resolution reads. `passthrough` is the provider that takes a name as it
+    came (an OpenAI-compatible server); None where the upstream wants a prefix."""
+
+    providers: Mapping[str, Provider]
+    aliases: Mapping[str, Sequence[Link]] = field(default_factory=dict)
+    passthrough: Provider | None = None
+    serves_catalogue: bool = True
+    """Providers that are known but not configured are served with defaults."""
+    catalogue: Mapping[str, Iterable[str]] = field(default_factory=dict)
+    """The models that each configured provider has a price for, for names without a prefix."""
+
+    def resolve(self, name: str) -> tuple[Candidate, ...] | None:
+        """The chain for a model's name, in the order configured; None: there is no such model."""
+        links = self.aliases.get(name)
+        if links is not None:
+            chain = (self._candidate(link.provider, link.model, link.weight) for link in links)
+            return tuple(candidate for candidate in chain if candidate is not None) or None
+        head, slash, rest = name.partition("/")
+        if slash and head and rest:
+            provider = self._provider(head)
+            if provider is not None:
+                return (candidate_of(provider, rest),)
+        if self.passthrough is not None:
+            return (self._as_it_came(self.passthrough, name),)
+        if not slash:
+            owners = [
+                provider
+                for provider in self.providers.values()
+                if name == provider.model or name in self.catalogue.get(provider.prices, ())
+            ]
+            if len(owners) == 1:
+                return (candidate_of(owners[0], name),)
+        return None
+
+    def _provider(self, word: str) -> Provider | None:
+        """A provider by its name, its prefix, or an alias of its slug."""
+        provider = self.providers.get(word)
+        if provider is not None:
+            return provider
+        for provider in self.providers.values():
+            if provider.prefix == word:
+                return provider
+        slug = CATALOGUE.get(word)
+        if slug is None:
+            return None
+        for provider in self.providers.values():
+            if slug in (provider.prefix, provider.prices):
+                return provider
+        return known(slug) if self.serves_catalogue else None
+
+    def _candidate(self, provider: str, model: str | None, weight: int) -> Candidate | None:
+        found = self._provider(provider)
+        if found is None:
+            return None
+        model = model or found.model
+        return candidate_of(found, model, weight) if model else None
+
+    @staticmethod
+    def _as_it_came(provider: Provider, name: str) -> Candidate:
+        """Sent as it was named, and priced by what the name says."""
+        head, slash, rest = name.partition("/")
+        slug = CATALOGUE.get(head) if slash else None
+        if slug is not None:
+            provider = replace(provider, prices=slug)
+        return Candidate(provider, rest if slug else name, name, verbatim=True)
+
+
+def known(slug: str) -> Provider:
+    """A provider of the catalogue with its defaults."""
+    return Provider(slug, slug, slug, max_tokens_field=max_tokens_field(slug))
+
+
+def max_tokens_field(slug: str) -> str:
+    """The field in which a provider takes the maximum: OpenAI's newer models refuse the old one."""
+    return "max_completion_tokens" if slug == "openai" else "max_tokens"
+
+
+def candidate_of(provider: Provider, model: str, weight: int = 0) -> Candidate:
+    sent = f"{provider.prefix}/{model}" if provider.prefix else model
+    return Candidate(provider, model, sent, weight)
+
+
+def ordered(chain: Sequence[Candidate], draw: float) -> Sequence[Candidate]:
+    """The order in which a chain is tried. `draw` is uniform in [0, 1).
+
+    With nobody's weight positive it is the order listed; else the first is drawn by weight among
+    the positive ones, and the rest follow as listed.
+    """
+    total = sum(candidate.weight for candidate in chain)
+    if not total or len(chain) == 1:
+        return chain
+    point = draw * total
+    for index, candidate in enumerate(chain):
+        point -= candidate.weight
+        if candidate.weight and point < 0:
+            return (candidate, *chain[:index], *chain[index + 1 :])
+    return chain

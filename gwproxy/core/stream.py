@@ -1,0 +1,150 @@
+"""What a chat stream says while its bytes pass: text metered, usage kept, its end recognised.
+
+Pure: bytes in, the bytes that may leave now out. The unit that is passed on is the event: a whole
+one leaves in the step in which its last byte arrives, an unfinished one waits for its end. So an
+error event or a comment of our own can be put in at any moment without breaking one in two, and
+the usage-only chunk that only we asked for can be left out.
+"""
+
+import json
+from typing import Any
+
+import orjson
+
+from gwproxy.core.meter import ERROR, FINISH, TEXT, TOOL, USAGE, USAGE_ONLY, Meter
+from gwproxy.core.sse import SseScanner
+
+HOLD_LIMIT = 64 * 1024
+"""Bytes of one unfinished event that wait for its end; a longer one is passed on in pieces."""
+
+_COMMIT = TEXT | TOOL | FINISH | USAGE
+
+
+class ChatStream:
+    """One upstream stream in the OpenAI chat format.
+
+    `committed`: an event came after which no other provider may be tried. `done`: `[DONE]` came.
+    `error`: the value of an in-stream error event. `complete`: the answer came to its own end.
+    """
+
+    __slots__ = (
+        "_drop_usage",
+        "_held",
+        "_held_size",
+        "_part_sent",
+        "_scanner",
+        "committed",
+        "done",
+        "error",
+        "events",
+        "meter",
+    )
+
+    def __init__(self, meter: Meter, *, drop_usage: bool) -> None:
+        """`drop_usage`: the usage-only chunk was not asked for by the client and stays here."""
+        self.meter = meter
+        self._drop_usage = drop_usage
+        self._scanner = SseScanner()
+        self._held: list[bytes] = []  # the unfinished event's bytes from earlier chunks
+        self._held_size = 0
+        self._part_sent = False  # the unfinished event outgrew the limit and is partly gone
+        self.committed = False
+        self.done = False
+        self.error: Any = None
+        self.events = 0
+
+    @property
+    def complete(self) -> bool:
+        """The stream said that it is finished: some servers never send `[DONE]`."""
+        return self.error is None and (self.done or self.meter.finished)
+
+    @property
+    def at_boundary(self) -> bool:
+        """True when what has left ends with a whole event, so that one of ours may follow."""
+        return not self._part_sent
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Read `chunk` and return what may leave now (often the same object)."""
+        # One whole event in one segment is what upstreams send nearly always.
+        if (
+            not self._held
+            and not self._part_sent
+            and chunk.startswith(b"data: ")
+            and chunk.find(b"\n") == len(chunk) - 2
+            and chunk.endswith(b"\n\n")
+        ):
+            return chunk if self._event(chunk[6:-2]) else b""
+        return self._feed_any(chunk)
+
+    def finish(self) -> bytes:
+        """The body ended cleanly: what was held, if it is an event short of its empty line only.
+
+        A fragment that does not parse is let go: it would swallow the error event that follows.
+        """
+        held = b"".join(self._held)
+        self._held = []
+        self._held_size = 0
+        payload = self._scanner.flush()
+        if not payload or self._part_sent:
+            return b""
+        if payload != b"[DONE]":
+            try:
+                orjson.loads(payload)
+            except orjson.JSONDecodeError:
+                return b""
+        return held if self._event(payload) else b""
+
+    def _feed_any(self, chunk: bytes) -> bytes:
+        events = self._scanner.feed(chunk)
+        if self._scanner.unparsed:
+            self.meter.observe_unparsed(self._scanner.unparsed)
+            self._scanner.unparsed = 0
+        leaving: list[bytes] = []
+        start = 0
+        for payload, end in events:
+            # A comment has no payload and is always passed on.
+            if (not payload or self._event(payload)) or self._part_sent:
+                if self._held:
+                    leaving += self._held
+                leaving.append(chunk[start:end])
+            self._held = []
+            self._held_size = 0
+            self._part_sent = False
+            start = end
+        if start < len(chunk):
+            rest = chunk[start:] if start else chunk
+            if self._part_sent or self._held_size + len(rest) > HOLD_LIMIT:
+                leaving += self._held
+                leaving.append(rest)
+                self._held = []
+                self._held_size = 0
+                self._part_sent = True
+            else:
+                self._held.append(rest)
+                self._held_size += len(rest)
+        return b"".join(leaving)
+
+    def _event(self, payload: bytes) -> bool:
+        """Read one event's payload; False: it is ours alone and is not passed on."""
+        self.events += 1
+        if payload == b"[DONE]":
+            self.done = self.committed = True
+            return True
+        try:
+            value = orjson.loads(payload)
+        except orjson.JSONDecodeError:
+            try:
+                # Half of a surrogate pair is legal JSON text, which orjson refuses.
+                value = json.loads(payload)
+            except (ValueError, RecursionError):
+                if payload.strip() == b"[DONE]":
+                    self.done = self.committed = True
+                else:
+                    self.meter.observe_unparsed(len(payload))
+                return True
+        flags = self.meter.observe(value)
+        if flags & _COMMIT:
+            self.committed = True
+        if flags & ERROR:
+            self.error = value.get("error") or value
+        return not (self._drop_usage and flags & USAGE_ONLY)

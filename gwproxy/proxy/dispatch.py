@@ -1,0 +1,280 @@
+"""Sending: walk the chain of candidates until one answers.
+
+Before an answer counts any failure of an upstream may be followed by the next candidate; once it
+counts nothing may. What failed is classified by `core.upstream_words`; this room only walks.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from urllib.parse import urlsplit
+
+import orjson
+
+from gwproxy.core.chat import ChatRequest
+from gwproxy.core.errors import GatewayError
+from gwproxy.core.identity import Principal
+from gwproxy.core.trace import Attempt, Trace
+from gwproxy.core.upstream_words import (
+    CHAT_PATHS,
+    USER_AGENT,
+    Meaning,
+    Verdict,
+    classify,
+    classify_event,
+    custom_cost,
+    metadata,
+    to_error,
+)
+from gwproxy.log import Log
+from gwproxy.metrics import Metrics
+from gwproxy.proxy.reply import Patience, Reply
+from gwproxy.proxy.upstream import TRUNCATED, Connection, Failure, Origin, Pool, Upstream
+from gwproxy.state.books import Priced, Reservation
+
+_NOT_A_CHAT_ANSWER = Verdict(
+    Meaning.UPSTREAM_FAILURE,
+    "provider_error",
+    "garbage",
+    502,
+    hint="the upstream answered 200 with something that is no chat completion: check its address",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where and how one provider is reached. `head` is the part of the request that never
+    changes; `secrets` is what must not be passed on should the upstream echo it."""
+
+    pool: Pool
+    head: bytes
+    cloudflare: bool
+    secrets: tuple[str, ...]
+
+    @classmethod
+    def build(cls, upstream: Upstream, *, root: str, flavour: str, token: str | None) -> "Endpoint":
+        """`root` is what the flavour appends its path to; the configuration has checked it."""
+        url = urlsplit(root)
+        tls = url.scheme == "https"
+        assert url.hostname is not None, "an address without a host passed the configuration"
+        origin = Origin(tls, url.hostname, url.port or (443 if tls else 80))
+        cloudflare = flavour.startswith("cloudflare")
+        lines = [
+            f"POST {url.path}{CHAT_PATHS[flavour]} HTTP/1.1",
+            f"Host: {origin.authority}",
+            f"User-Agent: {USER_AGENT}",
+            "Accept: application/json, text/event-stream",
+            # The meter reads plain bytes.
+            "Accept-Encoding: identity",
+            "Content-Type: application/json",
+        ]
+        if token is not None:
+            # Beside this header an Authorization would be forwarded to the provider as its key.
+            name = "cf-aig-authorization" if cloudflare else "Authorization"
+            lines.append(f"{name}: Bearer {token}")
+        if cloudflare:
+            lines += [
+                "cf-aig-skip-cache: true",
+                # A hidden retry is an attempt that is billed and that nobody sees.
+                "cf-aig-max-attempts: 1",
+                # Prompts and answers stay out of the gateway's log; its figures remain.
+                "cf-aig-collect-log-payload: false",
+            ]
+        head = "".join(f"{line}\r\n" for line in lines).encode("ascii")
+        return cls(upstream.pool(origin), head, cloudflare, (token,) if token else ())
+
+    def request_head(
+        self, principal: Principal, trace: Trace, priced: Priced, attempt: int, body_bytes: int
+    ) -> bytes:
+        parts = [self.head, b"Content-Length: %d\r\n" % body_bytes]
+        if self.cloudflare:
+            ids = (principal.user_id, principal.org_id, principal.key_id, trace.request_id)
+            parts.append(b"cf-aig-metadata: %b\r\n" % metadata(*ids, attempt))
+            if priced.rate.overridden:
+                tier = priced.rate.tiers[0]
+                cost = custom_cost(tier.input, tier.output, tier.cache_read, tier.cache_write)
+                parts.append(b"cf-aig-custom-cost: %b\r\n" % cost)
+        parts.append(b"\r\n")
+        return b"".join(parts)
+
+
+class Dispatch:
+    """The providers' endpoints, and the sending of a request along its chain."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        endpoints: Mapping[str, Endpoint],
+        default: Endpoint,
+        patience: Patience,
+        metrics: Metrics,
+        log: Log,
+    ) -> None:
+        """`default` serves the providers that have no table of their own."""
+        self.loop = loop
+        self.patience = patience
+        self.metrics = metrics
+        self.log = log
+        self._endpoints = endpoints
+        self._default = default
+
+    def endpoint(self, provider: str) -> Endpoint:
+        return self._endpoints.get(provider, self._default)
+
+    def send(self, principal: Principal, reservation: Reservation, trace: Trace) -> "Sending":
+        """Use as `async with`: gives the reply that counts, closes it on the way out."""
+        return Sending(self, principal, reservation, trace)
+
+
+class Sending:
+    """One request on its way along the chain."""
+
+    __slots__ = ("_chat", "_dispatch", "_principal", "_reply", "_reservation", "_trace")
+
+    def __init__(
+        self, dispatch: Dispatch, principal: Principal, reservation: Reservation, trace: Trace
+    ) -> None:
+        self._dispatch = dispatch
+        self._principal = principal
+        self._reservation = reservation
+        self._trace = trace
+        self._chat: ChatRequest = reservation.quote.chat
+        self._reply: Reply | None = None
+
+    async def __aenter__(self) -> Reply:
+        chain = self._reservation.quote.priced
+        log, request_id = self._dispatch.log, self._trace.request_id
+        for number, priced in enumerate(chain, start=1):
+            provider = priced.candidate.provider.name
+            log.event("debug", "Attempting provider", request_id=request_id, provider=provider)
+            result = await self._attempt(priced, number)
+            if isinstance(result, Reply):
+                log.event("debug", "Provider succeeded", request_id=request_id, provider=provider)
+                return result
+            self._trace.attempts[-1].reason = result.reason
+            if number == len(chain) or not result.meaning.may_fall_back:
+                raise self._give_up(result, provider)
+            log.event(
+                "warning",
+                "Provider failed, trying next",
+                request_id=request_id,
+                provider=provider,
+                reason=result.reason,
+                status=result.status,
+            )
+            following = chain[number].candidate.provider.name
+            self._dispatch.metrics.fallback(provider, following, result.reason).inc()
+        raise AssertionError("a quote has a candidate at least")
+
+    def _give_up(self, verdict: Verdict, provider: str) -> GatewayError:
+        """The last candidate's failure, logged where it is not the caller's own."""
+        if verdict.meaning not in (Meaning.CALLER_ERROR, Meaning.POLICY_BLOCK):
+            self._dispatch.log.event(
+                "error",
+                "All providers failed",
+                request_id=self._trace.request_id,
+                provider=provider,
+                reason=verdict.reason,
+                status=verdict.status,
+                hint=verdict.hint or None,
+            )
+        return to_error(verdict)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._reply is not None:
+            self._reply.close()
+
+    async def _attempt(self, priced: Priced, number: int) -> Reply | Verdict:
+        """One candidate: its reply, or what its failure means."""
+        dispatch, trace, reservation = self._dispatch, self._trace, self._reservation
+        candidate = priced.candidate
+        endpoint = dispatch.endpoint(candidate.provider.name)
+        body = self._chat.body_for(candidate)
+        head = endpoint.request_head(self._principal, trace, priced, number, len(body))
+        began = dispatch.loop.time()
+        record = Attempt(candidate.provider.name, candidate.model)
+        trace.attempts.append(record)
+        trace.provider, trace.provider_model = candidate.provider.name, candidate.model
+        if number == 1:
+            dispatch.metrics.overhead.observe(began - trace.started)
+        try:
+            connection: Connection | Failure | None = endpoint.pool.idle_connection()
+            while True:
+                meter = reservation.attempt(priced)
+                if connection is None:
+                    connection = await endpoint.pool.connect()
+                if isinstance(connection, Failure):
+                    return _failed(connection)
+                reply = Reply(
+                    dispatch.loop,
+                    connection,
+                    meter,
+                    dispatch.patience,
+                    asked_stream=self._chat.stream,
+                    drop_usage=self._chat.stream and not self._chat.include_usage,
+                    on_accepted=reservation.answering,
+                )
+                self._reply = reply
+                reservation.sent()
+                trace.sent_at = reply.sent_at
+                connection.send(reply, head, body)
+                try:
+                    await reply.decided()
+                except BaseException:
+                    reply.close()
+                    raise
+                if reply.failure is None or not reply.failure.stale:
+                    break
+                connection = None  # it had been hung up: once more, on a fresh one
+            record.status = reply.status or None
+            trace.first_byte_at = reply.first_byte_at
+            trace.log_id = reply.headers.get("cf-aig-log-id", "")[:128]
+            return self._judge(reply, endpoint)
+        finally:
+            record.duration_ms = (dispatch.loop.time() - began) * 1000
+
+    def _judge(self, reply: Reply, endpoint: Endpoint) -> Reply | Verdict:
+        """A reply that counts, or what it means instead."""
+        reservation = self._reservation
+        events = reply.events
+        if events is not None:
+            if events.error is not None and not events.committed:
+                reply.close()
+                reservation.refused()
+                return classify_event(events.error)
+            if events.committed or not reply.ended:
+                return reply
+            # A stream that ended without a word, as far as HTTP is concerned cleanly.
+            reply.failure = reply.failure or TRUNCATED
+        if reply.failure is not None:
+            reservation.unanswered()
+            return _failed(reply.failure)
+        body = reply.body()
+        if not reply.succeeded:
+            reservation.refused()
+            return classify(reply.status, reply.headers, body, endpoint.secrets)
+        try:
+            answer = orjson.loads(body)
+        except orjson.JSONDecodeError:
+            answer = None
+        if isinstance(answer, dict) and isinstance(answer.get("choices"), list):
+            reply.meter.observe_answer(answer)
+            reply.answer = answer
+            reply.whole = body
+            return reply
+        if isinstance(answer, dict) and answer.get("error"):
+            reservation.refused()
+            return classify_event(answer["error"])
+        reservation.unanswered()
+        return _NOT_A_CHAT_ANSWER
+
+
+def _failed(failure: Failure) -> Verdict:
+    return Verdict(Meaning.UPSTREAM_FAILURE, failure.error_type, failure.reason, 502)

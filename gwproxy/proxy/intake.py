@@ -1,0 +1,90 @@
+"""A request's body, let in only as far as it may come: framing, type, size and time are checked
+before a byte of it is parsed, and big bodies are parsed one at a time."""
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
+
+from aiohttp import web
+
+from gwproxy.core.errors import (
+    BadRequest,
+    RequestTimeout,
+    RequestTooLarge,
+    UnsupportedMediaType,
+)
+
+T = TypeVar("T")
+
+BIG_BYTES = 1024 * 1024
+"""From here on parsing takes milliseconds of everybody's time, so it is done in turn."""
+
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class Intake:
+    """Reads bodies of at most `max_body_bytes`, each within `body_timeout_s`."""
+
+    def __init__(self, *, max_body_bytes: int, body_timeout_s: float) -> None:
+        self._max_body_bytes = max_body_bytes
+        self._body_timeout_s = body_timeout_s
+        self._turn = asyncio.Lock()
+
+    async def read(self, request: web.BaseRequest, parse: Callable[[bytes], T]) -> T:
+        """The parsed body of a request whose caller is known."""
+        headers = request.headers
+        kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            # Also keeps out what a browser sends without asking its user first.
+            raise UnsupportedMediaType(
+                "The Content-Type must be application/json.", close=_unread(request)
+            )
+        if headers.get("Content-Encoding", "identity").strip().lower() != "identity":
+            raise UnsupportedMediaType(
+                "Compressed request bodies are not accepted.", close=_unread(request)
+            )
+        length = request.content_length
+        if length is not None and length > self._max_body_bytes:
+            raise self._too_large()
+        content = request.content
+        if content.is_eof():
+            body = await request.read()
+        else:
+            if headers.get("Expect", "").lower() == "100-continue" and request.transport:
+                # Only now that the caller is known: whoever is not gets his answer instead.
+                request.transport.write(_CONTINUE)
+            body = await self._wait_for(request)
+        if len(body) > self._max_body_bytes:
+            raise self._too_large()
+        if len(body) <= BIG_BYTES:
+            return parse(body)
+        async with self._turn:
+            return parse(body)
+
+    async def _wait_for(self, request: web.BaseRequest) -> bytes:
+        """The rest of the body, as it comes. Not `request.read()`: that waits without an end."""
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self._body_timeout_s):
+                async for part in request.content.iter_any():
+                    size += len(part)
+                    if size > self._max_body_bytes:
+                        raise self._too_large()
+                    parts.append(part)
+        except TimeoutError:
+            raise RequestTimeout(
+                f"The body did not arrive within {self._body_timeout_s:g} seconds.", close=True
+            ) from None
+        except web.RequestPayloadError:
+            raise BadRequest("The body's framing is broken.", close=True) from None
+        return b"".join(parts)
+
+    def _too_large(self) -> RequestTooLarge:
+        return RequestTooLarge(
+            f"The body is larger than the limit of {self._max_body_bytes} bytes.", close=True
+        )
+
+
+def _unread(request: web.BaseRequest) -> bool:
+    return not request.content.is_eof()

@@ -1,0 +1,177 @@
+"""One upstream answer while it is undecided: read, metered and held back until it counts.
+
+An answer is decided when the whole of it is there, when it failed, or when a stream committed:
+its first event with text, a tool call, a finish reason, usage or `[DONE]`. Until then another
+provider may still be tried and the client has seen nothing; at most 64 KiB wait here.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from gwproxy.core.meter import Meter
+from gwproxy.core.stream import ChatStream
+from gwproxy.proxy.upstream import (
+    ANSWER_TIMEOUT,
+    FIRST_BYTE_TIMEOUT,
+    IDLE_TIMEOUT,
+    TOO_LARGE,
+    Connection,
+    Failure,
+)
+
+HELD_BACK_BYTES = 64 * 1024
+"""A stream that sends this much without a word of answer is passed on as it is."""
+
+ANSWER_BYTES = 32 * 1024 * 1024
+"""The largest answer that is held as a whole; completions are a thousandth of that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long an upstream may be silent, in seconds."""
+
+    first_byte_s: float
+    answer_s: float
+    idle_s: float
+    early_commit_s: float
+    """0: never. Above: a stream whose head came is committed after so long without an event."""
+
+
+class Reply:
+    """The answer of one attempt. `events` is set for a stream, `body()` is there for the rest."""
+
+    __slots__ = (
+        "_asked_stream",
+        "_decided",
+        "_held",
+        "_held_bytes",
+        "_now",
+        "_on_accepted",
+        "_patience",
+        "answer",
+        "connection",
+        "drop_usage",
+        "ended",
+        "events",
+        "failure",
+        "first_byte_at",
+        "headers",
+        "last_byte_at",
+        "longest_gap_s",
+        "meter",
+        "sent_at",
+        "status",
+        "whole",
+    )
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        connection: Connection,
+        meter: Meter,
+        patience: Patience,
+        *,
+        asked_stream: bool,
+        drop_usage: bool,
+        on_accepted: Callable[[], None],
+    ) -> None:
+        """`drop_usage`: the client did not ask for the usage-only chunk. `on_accepted` is called
+        when a success status comes: from there on what is answered is billed."""
+        self._decided: asyncio.Future[None] = loop.create_future()
+        self._now = loop.time
+        self._patience = patience
+        self._asked_stream = asked_stream
+        self._on_accepted = on_accepted
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self.connection = connection
+        self.meter = meter
+        self.drop_usage = drop_usage
+        self.events: ChatStream | None = None
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self.failure: Failure | None = None
+        self.ended = False
+        self.answer: dict[str, Any] = {}
+        """A whole answer parsed, and `whole` its bytes; set by whoever judged it."""
+        self.whole = b""
+        self.sent_at = self._now()
+        self.first_byte_at = 0.0
+        self.last_byte_at = self.sent_at
+        self.longest_gap_s = 0.0
+
+    async def decided(self) -> None:
+        await self._decided
+
+    @property
+    def succeeded(self) -> bool:
+        return 200 <= self.status < 300
+
+    @property
+    def content_type(self) -> str:
+        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+    def body(self) -> bytes:
+        """What has been held so far, taken: a whole answer, or the head of a stream."""
+        body = self._held[0] if len(self._held) == 1 else b"".join(self._held)
+        self._held = []
+        self._held_bytes = 0
+        return body
+
+    def close(self) -> None:
+        """No more of this answer is wanted."""
+        if not self.ended:
+            self.ended = True
+            self.connection.abort()
+
+    # -- the connection's side ---------------------------------------------------------------
+
+    def on_head(self, status: int, headers: dict[str, str]) -> None:
+        self.status = status
+        self.headers = headers
+        if self.succeeded:
+            self._on_accepted()
+            if self._asked_stream and self.content_type == "text/event-stream":
+                self.events = ChatStream(self.meter, drop_usage=self.drop_usage)
+
+    def on_body(self, data: bytes) -> None:
+        now = self._now()
+        if not self.first_byte_at:
+            self.first_byte_at = now
+        self.last_byte_at = now
+        if self.events is not None:
+            data = self.events.feed(data)
+        if data:
+            self._held.append(data)
+            self._held_bytes += len(data)
+        if self.events is None:
+            if self._held_bytes > ANSWER_BYTES:
+                self.connection.fail(TOO_LARGE)
+        elif self.events.committed or self.events.error or self._held_bytes > HELD_BACK_BYTES:
+            self._decide()
+
+    def on_end(self, failure: Failure | None) -> None:
+        self.ended = True
+        self.failure = failure
+        if failure is None and self.events is not None:
+            self._held.append(self.events.finish())
+        self._decide()
+
+    def tick(self, now: float) -> None:
+        patience = self._patience
+        if not self._asked_stream:
+            if now - self.sent_at > patience.answer_s:
+                self.connection.fail(ANSWER_TIMEOUT)
+        elif not self.first_byte_at:
+            if self.events is not None and 0 < patience.early_commit_s < now - self.sent_at:
+                self._decide()
+            elif now - self.sent_at > patience.first_byte_s:
+                self.connection.fail(FIRST_BYTE_TIMEOUT)
+        elif now - self.last_byte_at > patience.idle_s:
+            self.connection.fail(IDLE_TIMEOUT)
+
+    def _decide(self) -> None:
+        if not self._decided.done():
+            self._decided.set_result(None)

@@ -1,0 +1,229 @@
+"""The keyring: every organization, user and key, in memory, and the one question asked of it.
+
+`authenticate` and `apply` never wait, so a change holds for the very next request. What is applied
+was stored before (`state/directory.py`); this room trusts it.
+"""
+
+from bisect import bisect_right, insort
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Final
+
+from multidict import MultiMapping, istr
+
+from gwproxy.core.errors import AccountSuspended, InvalidApiKey
+from gwproxy.core.identity import (
+    ApiKey,
+    Organization,
+    Principal,
+    Status,
+    User,
+    digest,
+    well_formed,
+)
+
+Change = Organization | User | ApiKey
+"""A change of the directory is the whole row as it stands afterwards."""
+
+_CHALLENGE: Final = {"WWW-Authenticate": 'Bearer realm="gwproxy"'}  # RFC 9110 11.6.1 wants one
+
+# `istr` has its casefold done already: three look-ups a request that need not do it again.
+_AUTHORIZATION: Final = istr("Authorization")
+_ACTIVE: Final = Status.ACTIVE  # looked up once: an enum's members cost 0.1 us each time
+_KEY_HEADERS: Final = (istr("x-api-key"), istr("api-key"))
+
+
+def unauthorized(message: str) -> InvalidApiKey:
+    return InvalidApiKey(message, headers=_CHALLENGE)
+
+
+def presented_key(headers: MultiMapping[str]) -> str | None:
+    """The one credential of a request, from whichever header the caller's SDK uses.
+
+    None when there is none. Headers that disagree are refused: a proxy in front of us may have
+    checked the other one.
+    """
+    found: str | None = None
+    lines = headers.getall(_AUTHORIZATION, ())
+    if lines:
+        scheme, _, found = lines[0].partition(" ")
+        if len(lines) > 1:
+            raise unauthorized("More than one Authorization header was sent.")
+        if scheme.lower() != "bearer":
+            raise unauthorized("The Authorization header must be `Bearer` followed by an API key.")
+        found = found.strip(" ")
+    for name in _KEY_HEADERS:
+        if name not in headers:
+            continue
+        for value in headers.getall(name):
+            if found is not None and value != found:
+                raise unauthorized("Two different API keys were sent in one request.")
+            found = value
+    return found
+
+
+MISSING: Final = "No API key was sent. Send it as `Authorization: Bearer <your key>`."
+_MALFORMED: Final = (
+    "This is not a complete API key: a character may be missing or mistyped. "
+    "Copy the whole key again, from gw_ to its last character."
+)
+# One answer for unknown, revoked and expired: a stranger learns nothing about a key he found.
+_INVALID: Final = (
+    "This API key is not valid. It may have been revoked or have expired: "
+    "ask whoever runs this gateway for a new one."
+)
+_USER_SUSPENDED: Final = "This account is suspended. Ask whoever runs this gateway."
+_ORG_SUSPENDED: Final = "Your organization's account is suspended. Ask whoever runs this gateway."
+
+
+@dataclass(slots=True)
+class _Door:
+    """What a key opens, made when the key changes so that a request only has to look."""
+
+    key: ApiKey
+    principal: Principal
+    last_used_at: float
+
+
+class Keyring:
+    def __init__(self) -> None:
+        self._organizations: dict[str, Organization] = {}
+        self._users: dict[str, User] = {}
+        self._doors: dict[bytes, _Door] = {}
+        self._doors_by_id: dict[str, _Door] = {}
+        self._key_ids: dict[str, list[str]] = {}  # by user, in the order of creation
+        self._emails: dict[str, str] = {}
+        # Kept sorted so that a page of a long list costs a binary search, not a sort.
+        self._org_order: list[str] = []
+        self._user_order: list[str] = []
+
+    # -- the hot path ----------------------------------------------------------------------------
+
+    def authenticate(self, headers: MultiMapping[str], now: float) -> Principal:
+        """Who sent these headers; InvalidApiKey (401) or AccountSuspended (403).
+
+        The look-up is by digest in a dict: no comparison whose time depends on a secret. An admin
+        key never calls a model.
+        """
+        key = presented_key(headers)
+        if key is None:
+            raise unauthorized(MISSING)
+        if not well_formed(key):
+            raise unauthorized(_MALFORMED)
+        if key.startswith("gw_admin_"):
+            raise unauthorized(_INVALID)
+        door = self._doors.get(digest(key))
+        if door is None or door.key.revoked_at is not None:
+            raise unauthorized(_INVALID)
+        expires_at = door.key.expires_at
+        if expires_at is not None and now >= expires_at:
+            raise unauthorized(_INVALID)
+        principal = door.principal
+        user = self._users[principal.user_id]
+        organization = self._organizations[principal.org_id]
+        if user.deleted_at is not None or organization.deleted_at is not None:
+            raise unauthorized(_INVALID)
+        if user.status is not _ACTIVE:
+            raise AccountSuspended(_USER_SUSPENDED)
+        if organization.status is not _ACTIVE:
+            raise AccountSuspended(_ORG_SUSPENDED)
+        door.last_used_at = now
+        return principal
+
+    # -- changes ---------------------------------------------------------------------------------
+
+    def apply(self, change: Change) -> None:
+        """Make memory equal to `change`. Applying the same one twice changes nothing."""
+        match change:
+            case Organization():
+                if change.org_id not in self._organizations:
+                    insort(self._org_order, change.org_id)
+                self._organizations[change.org_id] = change
+            case User():
+                self._apply_user(change)
+            case ApiKey():
+                self._apply_key(change)
+
+    def _apply_user(self, user: User) -> None:
+        before = self._users.get(user.user_id)
+        if before is None:
+            insort(self._user_order, user.user_id)
+            self._key_ids[user.user_id] = []
+        elif before.email is not None and self._emails.get(before.email.lower()) == user.user_id:
+            del self._emails[before.email.lower()]
+        if user.email is not None and user.deleted_at is None:
+            self._emails[user.email.lower()] = user.user_id
+        self._users[user.user_id] = user
+        if before is not None and before.org_id != user.org_id:
+            for key_id in self._key_ids[user.user_id]:
+                door = self._doors_by_id[key_id]
+                door.principal = self._principal(door.key)
+
+    def _apply_key(self, key: ApiKey) -> None:
+        door = self._doors_by_id.get(key.key_id)
+        if door is None:
+            door = _Door(key, self._principal(key), float(key.last_used_at or 0))
+            self._doors_by_id[key.key_id] = door
+            self._doors[key.digest] = door
+            self._key_ids[key.user_id].append(key.key_id)
+        else:
+            door.key = key
+            door.principal = self._principal(key)
+
+    def _principal(self, key: ApiKey) -> Principal:
+        return Principal(
+            key_id=key.key_id,
+            user_id=key.user_id,
+            org_id=self._users[key.user_id].org_id,
+            key_name=key.name,
+            allowed_models=key.allowed_models,
+        )
+
+    # -- looking around --------------------------------------------------------------------------
+
+    def organization(self, org_id: str) -> Organization | None:
+        return self._organizations.get(org_id)
+
+    def user(self, user_id: str) -> User | None:
+        return self._users.get(user_id)
+
+    def user_with_email(self, email: str) -> User | None:
+        user_id = self._emails.get(email.lower())
+        return None if user_id is None else self._users[user_id]
+
+    def key(self, key_id: str) -> ApiKey | None:
+        door = self._doors_by_id.get(key_id)
+        return None if door is None else door.key
+
+    def last_used_at(self, key_id: str) -> int | None:
+        return int(self._doors_by_id[key_id].last_used_at) or None
+
+    def organizations_after(self, org_id: str) -> Iterable[Organization]:
+        """The organizations whose ids come after `org_id`, deleted ones too, in that order."""
+        order = self._org_order
+        for place in range(bisect_right(order, org_id), len(order)):
+            yield self._organizations[order[place]]
+
+    def users_after(self, user_id: str) -> Iterable[User]:
+        order = self._user_order
+        for place in range(bisect_right(order, user_id), len(order)):
+            yield self._users[order[place]]
+
+    def keys_of(self, user_id: str) -> Iterable[ApiKey]:
+        """The user's keys, revoked ones too, oldest first."""
+        for key_id in self._key_ids.get(user_id, ()):
+            yield self._doors_by_id[key_id].key
+
+    def used_since_stored(self) -> list[tuple[str, int]]:
+        """(key_id, last used) of each key whose last use is later than the stored one."""
+        return [
+            (key_id, int(door.last_used_at))
+            for key_id, door in self._doors_by_id.items()
+            if int(door.last_used_at) > (door.key.last_used_at or 0)
+        ]
+
+    def stored(self, uses: Iterable[tuple[str, int]]) -> None:
+        """These last uses have been stored."""
+        for key_id, last_used_at in uses:
+            door = self._doors_by_id[key_id]
+            door.key = replace(door.key, last_used_at=last_used_at)

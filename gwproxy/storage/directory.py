@@ -1,0 +1,207 @@
+"""The SQL of organizations, users and keys: rows from values, values from rows, nothing decided."""
+
+import sqlite3
+from typing import Any
+
+import aiosqlite
+import orjson
+
+from gwproxy.core.errors import StorageUnavailable
+from gwproxy.core.identity import (
+    ApiKey,
+    FailureMode,
+    OnClientGone,
+    OnExhausted,
+    Organization,
+    Status,
+    UnboundedPolicy,
+    User,
+)
+from gwproxy.core.money import Nanos
+from gwproxy.storage.database import Database
+
+Row = Organization | User | ApiKey
+
+
+async def load(database: Database) -> list[Row]:
+    """Every row, deleted ones too, in an order in which each one's owner comes before it."""
+    # rowid is the order of creation, which the lists of a user's keys keep.
+    organizations = await database.read("SELECT * FROM organization ORDER BY rowid")
+    users = await database.read("SELECT * FROM user ORDER BY rowid")
+    keys = await database.read("SELECT * FROM api_key ORDER BY rowid")
+    return [
+        *(_organization(row) for row in organizations),
+        *(_user(row) for row in users),
+        *(_key(row) for row in keys),
+    ]
+
+
+async def insert(database: Database, row: Row) -> None:
+    """Store a new row; AlreadyExists when its id, e-mail or key is taken."""
+    table, _, columns = _columns(row)
+    names = ", ".join(columns)
+    marks = ", ".join(f":{name}" for name in columns)
+    async with database.transaction() as connection:
+        await connection.execute(f"INSERT INTO {table} ({names}) VALUES ({marks})", columns)
+
+
+async def update(database: Database, row: Row) -> None:
+    """Store a row anew. Storing the same one twice is no error; a newer
+    one that stands there, or none at all, is: then storage and memory differ."""
+    table, id_column, columns = _columns(row)
+    changes = ", ".join(f"{name} = :{name}" for name in columns if name != id_column)
+    async with database.transaction() as connection:
+        cursor = await connection.execute(
+            f"UPDATE {table} SET {changes}"
+            f" WHERE {id_column} = :{id_column} AND version <= :version",
+            columns,
+        )
+        _assert_one(cursor)
+
+
+async def update_last_used(database: Database, uses: list[tuple[str, int]]) -> None:
+    """Store (key_id, last used). Not a change that anybody made: versions stay."""
+    async with database.transaction() as connection:
+        await connection.executemany("UPDATE api_key SET last_used_at = ?2 WHERE key_id = ?1", uses)
+
+
+def _assert_one(cursor: aiosqlite.Cursor) -> None:
+    if cursor.rowcount != 1:
+        raise StorageUnavailable("The stored row is not the one that was expected.")
+
+
+# -- values into columns and back ----------------------------------------------------------------
+
+
+def _columns(row: Row) -> tuple[str, str, dict[str, Any]]:
+    """Table, name of the id column, and the columns. The names are ours, never a caller's."""
+    match row:
+        case Organization():
+            return (
+                "organization",
+                "org_id",
+                {
+                    "org_id": row.org_id,
+                    "name": row.name,
+                    "status": row.status,
+                    "monthly_budget": row.monthly_budget,
+                    "failure_mode": row.failure_mode,
+                    "fallback_daily_limit": row.fallback_daily_limit,
+                    "allowed_features": _json(row.allowed_features),
+                    "prices": None if row.prices is None else _json(row.prices),
+                    "unbounded_policy": row.unbounded_policy,
+                    "on_exhausted": row.on_exhausted,
+                    "on_client_gone": row.on_client_gone,
+                    "cache": int(row.cache),
+                    "created_at": row.created_at,
+                    "deleted_at": row.deleted_at,
+                    "version": row.version,
+                },
+            )
+        case User():
+            return (
+                "user",
+                "user_id",
+                {
+                    "user_id": row.user_id,
+                    "org_id": row.org_id,
+                    "email": row.email,
+                    "status": row.status,
+                    "monthly_limit": row.monthly_limit,
+                    "rpm": row.rpm,
+                    "tpm": row.tpm,
+                    "max_parallel": row.max_parallel,
+                    "created_at": row.created_at,
+                    "deleted_at": row.deleted_at,
+                    "version": row.version,
+                },
+            )
+        case ApiKey():
+            return (
+                "api_key",
+                "key_id",
+                {
+                    "key_id": row.key_id,
+                    "user_id": row.user_id,
+                    "prefix": row.prefix,
+                    "digest": row.digest,
+                    "name": row.name,
+                    "allowed_models": (
+                        None if row.allowed_models is None else _json(row.allowed_models)
+                    ),
+                    "monthly_limit": row.monthly_limit,
+                    "rpm": row.rpm,
+                    "tpm": row.tpm,
+                    "max_parallel": row.max_parallel,
+                    "created_at": row.created_at,
+                    "expires_at": row.expires_at,
+                    "revoked_at": row.revoked_at,
+                    "last_used_at": row.last_used_at,
+                    "version": row.version,
+                },
+            )
+
+
+def _organization(row: sqlite3.Row) -> Organization:
+    return Organization(
+        org_id=row["org_id"],
+        name=row["name"],
+        status=Status(row["status"]),
+        monthly_budget=_nanos(row["monthly_budget"]),
+        failure_mode=None if row["failure_mode"] is None else FailureMode(row["failure_mode"]),
+        fallback_daily_limit=_nanos(row["fallback_daily_limit"]),
+        allowed_features=tuple(orjson.loads(row["allowed_features"])),
+        prices=None if row["prices"] is None else orjson.loads(row["prices"]),
+        unbounded_policy=UnboundedPolicy(row["unbounded_policy"]),
+        on_exhausted=OnExhausted(row["on_exhausted"]),
+        on_client_gone=OnClientGone(row["on_client_gone"]),
+        cache=bool(row["cache"]),
+        created_at=row["created_at"],
+        deleted_at=row["deleted_at"],
+        version=row["version"],
+    )
+
+
+def _user(row: sqlite3.Row) -> User:
+    return User(
+        user_id=row["user_id"],
+        org_id=row["org_id"],
+        email=row["email"],
+        status=Status(row["status"]),
+        monthly_limit=_nanos(row["monthly_limit"]),
+        rpm=row["rpm"],
+        tpm=row["tpm"],
+        max_parallel=row["max_parallel"],
+        created_at=row["created_at"],
+        deleted_at=row["deleted_at"],
+        version=row["version"],
+    )
+
+
+def _key(row: sqlite3.Row) -> ApiKey:
+    models = row["allowed_models"]
+    return ApiKey(
+        key_id=row["key_id"],
+        user_id=row["user_id"],
+        prefix=row["prefix"],
+        digest=row["digest"],
+        name=row["name"],
+        allowed_models=None if models is None else tuple(orjson.loads(models)),
+        monthly_limit=_nanos(row["monthly_limit"]),
+        rpm=row["rpm"],
+        tpm=row["tpm"],
+        max_parallel=row["max_parallel"],
+        created_at=row["created_at"],
+        expires_at=row["expires_at"],
+        revoked_at=row["revoked_at"],
+        last_used_at=row["last_used_at"],
+        version=row["version"],
+    )
+
+
+def _nanos(column: int | None) -> Nanos | None:
+    return None if column is None else Nanos(column)
+
+
+def _json(value: object) -> str:
+    return orjson.dumps(value).decode()

@@ -1,0 +1,429 @@
+"""The listener: aiohttp's server facing the clients, our routes behind it, and the one place where
+an error becomes a response and a request becomes a log line.
+
+aiohttp's low-level server is used without its Application, whose router and middlewares cost more
+than the whole of our own work on a request. What its parser lets through and must not pass is
+refused here, before any route is looked at.
+"""
+
+import asyncio
+import itertools
+import re
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import unquote
+
+import orjson
+from aiohttp import web
+from aiohttp.http_exceptions import LineTooLong
+from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
+
+from gwproxy.core.errors import (
+    BadRequest,
+    Draining,
+    GatewayError,
+    MethodNotAllowed,
+    NotFound,
+    RequestTooLarge,
+)
+from gwproxy.core.trace import Trace
+from gwproxy.log import Log
+from gwproxy.metrics import Metrics
+
+SERVER: Final = "gwproxy"
+
+Handler = Callable[..., Awaitable[web.StreamResponse]]
+"""`async def handler(request, **parameters)`; a parameter is a segment of the path, unquoted.
+
+A traced route's gets the trace as well, to fill in as the request goes on.
+"""
+
+_PARAMETER = re.compile(r"\{(\w+)(:path)?\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One line of the table. `name` is its label in metrics and logs."""
+
+    method: str
+    path: str
+    handler: Handler
+    name: str
+    traced: bool = False
+    guard: Callable[[web.BaseRequest], None] | None = None
+    """Asked before the handler, and before anybody learns whether the method was right."""
+
+
+class Router:
+    """Exact paths by a dict, the others by pattern, both on the path as it was sent: what a
+    proxy in front of us saw is what we route by, dots and doubled slashes included."""
+
+    def __init__(self, routes: Iterable[Route]) -> None:
+        self.routes = tuple(routes)
+        self._exact: dict[str, dict[str, Route]] = {}
+        patterns: dict[str, dict[str, Route]] = {}
+        for route in self.routes:
+            table = patterns if "{" in route.path else self._exact
+            table.setdefault(route.path, {})[route.method] = route
+        self._patterns = [(_compile(path), methods) for path, methods in patterns.items()]
+
+    def find(self, method: str, path: str) -> tuple[Route, dict[str, str]]:
+        """The route and its parameters; NotFound or MethodNotAllowed."""
+        methods = self._exact.get(path)
+        parameters: dict[str, str] = {}
+        if methods is None:
+            for pattern, candidates in self._patterns:
+                match = pattern.fullmatch(path)
+                if match is not None:
+                    methods = candidates
+                    parameters = {name: unquote(text) for name, text in match.groupdict().items()}
+                    break
+            else:
+                raise NotFound("There is no such route. The API lives under /v1.")
+        route = methods.get(method)
+        if route is None:
+            # Whoever may not use a path does not learn its methods either.
+            guard = next(iter(methods.values())).guard
+            raise _WrongMethod(", ".join(sorted(methods)), guard)
+        return route, parameters
+
+
+class _WrongMethod(MethodNotAllowed):
+    def __init__(self, allowed: str, guard: Callable[[web.BaseRequest], None] | None) -> None:
+        super().__init__(f"This route answers to {allowed} only.", headers={"Allow": allowed})
+        self.guard = guard
+
+
+def _compile(path: str) -> re.Pattern[str]:
+    pattern = ""
+    position = 0
+    for match in _PARAMETER.finditer(path):
+        pattern += re.escape(path[position : match.start()])
+        pattern += f"(?P<{match[1]}>{'.+' if match[2] else '[^/]+'})"
+        position = match.end()
+    return re.compile(pattern + re.escape(path[position:]))
+
+
+class Front:
+    """Answers every request of one listener."""
+
+    def __init__(
+        self,
+        router: Router,
+        *,
+        request_ids: Callable[[], str],
+        metrics: Metrics,
+        log: Log,
+        clock: Callable[[], float],
+        max_header_bytes: int,
+    ) -> None:
+        """`clock` is the event loop's."""
+        self.router = router
+        self._request_ids = request_ids
+        self._metrics = metrics
+        self._log = log
+        self._clock = clock
+        self._max_header_bytes = max_header_bytes
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._open_requests = 0
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        trace = Trace(self._request_ids(), "other", self._clock())
+        self._open_requests += 1
+        try:
+            response = await self._answer(request, trace)
+            trace.status = response.status
+            return response
+        except GatewayError as error:
+            return self._refuse(request, trace, error)
+        except ConnectionError:
+            trace.status, trace.error_type = 499, "caller_cancelled"
+            raise
+        except asyncio.CancelledError:
+            # 499 is nginx's word for a client that left; no response carries it.
+            trace.status, trace.error_type = 499, "caller_cancelled"
+            raise
+        except Exception as error:
+            # The border of the request's task: whatever it is, this request ends with it.
+            self._log.event(
+                "error",
+                "internal error",
+                request_id=trace.request_id,
+                exception=type(error).__name__,
+                where=_where(error),
+            )
+            internal = GatewayError("The gateway failed. The operator has been told.")
+            return self._refuse(request, trace, internal)
+        finally:
+            self._open_requests -= 1
+            if self._draining and not self._open_requests:
+                self._idle.set()
+            self._record(trace)
+
+    def drain(self) -> None:
+        """On the way out: what is open may finish, what is new is told to come back."""
+        self._draining = True
+        if not self._open_requests:
+            self._idle.set()
+
+    async def idle(self) -> None:
+        """Wait until nothing is open any more."""
+        await self._idle.wait()
+
+    async def _answer(self, request: web.BaseRequest, trace: Trace) -> web.StreamResponse:
+        self._check_framing(request)
+        path = request.raw_path.partition("?")[0]
+        try:
+            route, parameters = self.router.find(request.method, path)
+        except _WrongMethod as wrong:
+            if wrong.guard is not None:
+                wrong.guard(request)
+            raise
+        trace.route = route.name
+        if route.guard is not None:
+            route.guard(request)
+        if route.traced:
+            if self._draining:
+                raise Draining("This gateway is shutting down.", retry_after_s=1, close=True)
+            return await route.handler(request, trace, **parameters)
+        response = await route.handler(request, **parameters)
+        if not response.prepared:
+            response.headers["Server"] = SERVER
+            response.headers["x-request-id"] = trace.request_id
+        return response
+
+    def _check_framing(self, request: web.BaseRequest) -> None:
+        """What aiohttp's parser accepts and a proxy must not."""
+        version = request.version
+        if version != (1, 1) and version != (1, 0):
+            raise BadRequest("HTTP/1.1 or HTTP/1.0, please.", status=505, close=True)
+        headers = request.headers
+        encoding = headers.get("Transfer-Encoding")
+        if encoding is not None and (encoding.lower() != "chunked" or version == (1, 0)):
+            raise BadRequest("Transfer-Encoding may only be chunked.", status=501, close=True)
+        if "Upgrade" in headers and request._message.upgrade:
+            raise BadRequest("This server speaks HTTP/1.1 alone.", close=True)
+        size = sum(len(name) + len(value) for name, value in request.raw_headers)
+        if size > self._max_header_bytes:
+            raise RequestTooLarge(
+                f"The headers are larger than {self._max_header_bytes} bytes.",
+                status=431,
+                close=True,
+            )
+
+    def _refuse(
+        self, request: web.BaseRequest, trace: Trace, error: GatewayError
+    ) -> web.StreamResponse:
+        trace.status, trace.error_type, trace.error_code = (
+            error.status,
+            error.error_type,
+            error.code,
+        )
+        if error.error_type == "caller_auth" and error.status == 401:
+            self._metrics.auth_failures.inc()
+        if request.writer.output_size > 0:
+            # Headers are out: a second response would be read as part of the first one's body.
+            self._log.event("error", "error after headers", request_id=trace.request_id)
+            if request.transport is not None:
+                request.transport.abort()
+            raise ConnectionResetError("the response had begun")
+        return error_response(error, trace.request_id, unread=not request.content.is_eof())
+
+    def _record(self, trace: Trace) -> None:
+        """The one log line of a request, and its count."""
+        now = self._clock()
+        self._metrics.request(
+            trace.route,
+            trace.provider,
+            trace.provider_model,
+            trace.status or 500,
+            trace.error_type,
+        ).inc()
+        if trace.route in _QUIET and trace.status == 200:
+            return
+        principal = trace.principal
+        self._log.event(
+            "info",
+            "request",
+            request_id=trace.request_id,
+            route=trace.route,
+            status=trace.status,
+            user_id=principal.user_id if principal else None,
+            org_id=principal.org_id if principal else None,
+            key_id=principal.key_id if principal else None,
+            model=trace.model or None,
+            provider=trace.provider or None,
+            stream=trace.stream,
+            attempts=[attempt.fields() for attempt in trace.attempts],
+            outcome=trace.outcome or None,
+            tokens=trace.tokens,
+            cost_nanos=trace.cost_nanos,
+            source=trace.source or None,
+            price_version=trace.price_version or None,
+            cf_aig_log_id=trace.log_id or None,
+            error_type=trace.error_type or None,
+            error_code=trace.error_code,
+            duration_ms=round((now - trace.started) * 1000, 2),
+            upstream_ms=(
+                round((trace.first_byte_at - trace.sent_at) * 1000, 2)
+                if trace.first_byte_at
+                else None
+            ),
+        )
+
+
+_QUIET: Final = frozenset({"health", "metrics"})
+"""Asked every few seconds by machines: their successes are counted, not logged."""
+
+
+def error_response(error: GatewayError, request_id: str, *, unread: bool) -> web.Response:
+    """An error in OpenAI's shape. `unread`: the request's body was not read to its end."""
+    headers = {
+        "Server": SERVER,
+        "Content-Type": "application/json",
+        "Cache-Control": "no-store",
+        "x-request-id": request_id,
+        **error.headers,
+    }
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(error.retry_after_s)
+    body = error.body if error.body is not None else orjson.dumps(error.envelope())
+    response = web.Response(status=error.status, body=body, headers=headers)
+    if error.close or unread:
+        # What follows on this connection could be the rest of a body, and must not be parsed.
+        response.force_close()
+    return response
+
+
+def _where(error: BaseException) -> str:
+    """File and line of the innermost frame: enough to find a bug, nothing of the request."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None:
+        return ""
+    return f"{traceback.tb_frame.f_code.co_filename.rpartition('/')[2]}:{traceback.tb_lineno}"
+
+
+# -- the listener's protocol ---------------------------------------------------------------------
+
+
+class Listener(web.Server):
+    """aiohttp's server with our protocol, a limit on connections, and a time-out for heads."""
+
+    def __init__(
+        self,
+        front: Front,
+        *,
+        loop: asyncio.AbstractEventLoop,
+        max_connections: int,
+        header_timeout_s: float,
+        keepalive_timeout_s: float,
+        request_ids: Callable[[], str],
+    ) -> None:
+        if HttpRequestParser is HttpRequestParserPy:
+            # Smuggling holes of the past were in the parser written in Python.
+            raise RuntimeError(
+                "aiohttp runs without its C parser: install its wheel, unset AIOHTTP_NO_EXTENSIONS"
+            )
+        super().__init__(
+            front.handle,
+            # A client that leaves ends its request at once, and with it the upstream's.
+            handler_cancellation=True,
+            loop=loop,
+        )
+        self._max_connections = max_connections
+        self._header_timeout_s = header_timeout_s
+        self.request_ids = request_ids
+        self._protocol_options: Mapping[str, Any] = {
+            # A compressed body would be inflated before anybody knows who sent it.
+            "auto_decompress": False,
+            "keepalive_timeout": keepalive_timeout_s,
+            "access_log": None,
+            # After an early answer the rest of a body is not waited for.
+            "lingering_time": 1.0,
+        }
+        self._sweep_s = min(1.0, header_timeout_s / 2)
+        self._sweep = loop.call_later(self._sweep_s, self._close_slow)
+
+    def __call__(self) -> "ListenerProtocol":
+        protocol = ListenerProtocol(self, loop=self._loop, **self._protocol_options)
+        protocol.turned_away = len(self._connections) >= self._max_connections
+        return protocol
+
+    def stop_sweeping(self) -> None:
+        self._sweep.cancel()
+
+    def _close_slow(self) -> None:
+        """Connections whose request's head has been coming for too long."""
+        due = self._loop.time() - self._header_timeout_s
+        for protocol in tuple(self._connections):
+            assert isinstance(protocol, ListenerProtocol)
+            if protocol.head_since and protocol.head_since < due:
+                protocol.force_close()
+        self._sweep = self._loop.call_later(self._sweep_s, self._close_slow)
+
+
+_BUSY: Final = orjson.dumps(GatewayError("Too many connections.", code="overloaded").envelope())
+
+
+class ListenerProtocol(web.RequestHandler):
+    """One client's connection."""
+
+    __slots__ = ("head_since", "turned_away")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.head_since = 0.0
+        """When the head under way began to come; 0 while none is."""
+        self.turned_away = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.head_since = self._loop.time()
+        if self.turned_away:
+            assert isinstance(transport, asyncio.WriteTransport)
+            transport.write(
+                b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+                b"Retry-After: 1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b"
+                % (len(_BUSY), _BUSY)
+            )
+            self.force_close()
+
+    def data_received(self, data: bytes) -> None:
+        before = self._request_count
+        super().data_received(data)
+        if self._request_count != before or self._current_request is not None:
+            self.head_since = 0.0
+        elif not self.head_since:
+            self.head_since = self._loop.time()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """A request that aiohttp's parser could not read. Its text, which may hold a key and a
+        prompt, goes nowhere."""
+        if request.writer.output_size > 0:
+            raise ConnectionError("the response had begun")
+        error: GatewayError
+        if isinstance(exc, LineTooLong):
+            error = RequestTooLarge("A header or the path is too long.", status=431)
+        elif status == 400:
+            error = BadRequest("The request is not valid HTTP/1.1.")
+        else:
+            error = GatewayError("The gateway failed.")
+        manager = self._manager
+        request_id = manager.request_ids() if isinstance(manager, Listener) else ""
+        return error_response(error, request_id, unread=True)
+
+
+def request_ids(prefix: str) -> Callable[[], str]:
+    """Ids for one process: `prefix` is random, what follows counts. Cheaper than a random each."""
+    counter = itertools.count(1)
+    return lambda: f"req_{prefix}{next(counter):08x}"
