@@ -263,8 +263,8 @@ def gwproxy_version() -> str:
 ENTRANTS = (
     Entrant(
         "gwproxy",
-        "authentication, budgets of organization and user, durable ledger, token metering, "
-        "metrics, request log: all on, no default changed",
+        "nothing switched off, no default changed: budgets on organization and user, a key, "
+        "prices; ledger, metering, metrics and request log as this version does them",
         gwproxy,
         gwproxy_version,
     ),

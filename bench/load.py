@@ -401,13 +401,13 @@ class Streams:
 
     async def verdict(self) -> dict[str, Any]:
         """Each stream against the upstream's own record of what it sent."""
-        sent = await fetch_sent(self._target.upstream_port)
+        sent = await ask_upstream(self._target, "/sent")
         errors: Counter[str] = Counter()
         whole = expected = received = 0
         for listener in self.listeners:
-            expected += wire.words_total(self._n_events)
-            received += listener.events
             record = sent.get(str(listener.stream_id))
+            expected += record[0] if record else wire.events_total(self._n_events)
+            received += listener.events
             if listener.error:
                 errors[listener.error] += 1
             elif record is None:
@@ -425,15 +425,16 @@ class Streams:
         }
 
 
-async def fetch_sent(port: int) -> dict[str, list[Any]]:
+async def ask_upstream(target: Target, path: str) -> dict[str, list[Any]]:
+    """A word to the upstream itself, past every proxy."""
     async with asyncio.timeout(10):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"GET /sent HTTP/1.1\r\nHost: upstream\r\n\r\n")
+        reader, writer = await asyncio.open_connection("127.0.0.1", target.upstream_port)
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: upstream\r\n\r\n".encode())
         head = await reader.readuntil(b"\r\n\r\n")
         size = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
-        record: dict[str, list[Any]] = orjson.loads(await reader.readexactly(size))
+        answer: dict[str, list[Any]] = orjson.loads(await reader.readexactly(size))
         writer.close()
-        return record
+        return answer
 
 
 # -- commands ------------------------------------------------------------------------------------
@@ -493,7 +494,7 @@ async def paced_streams(
     target: Target, *, streams: int, interval_ms: float, warm_s: float, window_s: float
 ) -> dict[str, Any]:
     """Streams at a fixed rate; CPU is read twice in mid-flow, never at their opening or end."""
-    slack_s = 1.0 + streams * 0.01
+    slack_s = 0.4 + streams * 0.006
     n_events = int((warm_s + window_s + slack_s) * 1000 / interval_ms)
     run = Streams(target, n_events, interval_ms)
     await run.open(streams, spread_s=interval_ms / 1000)
@@ -521,7 +522,8 @@ async def paced_streams(
 async def held_streams(
     target: Target, *, steps: list[int], n_events: int, interval_ms: float, settle_s: float
 ) -> dict[str, Any]:
-    """Opens streams in steps, weighs the proxy at each, and hears them all to the end."""
+    """Opens streams in steps, weighs the proxy at each, and hears them all to the end, which the
+    upstream puts off until the last step is weighed."""
     # A first stream, so that what a process builds once is not counted as any stream's memory.
     first = Streams(target, 4, 1)
     await first.open(1)
@@ -530,12 +532,17 @@ async def held_streams(
     weights = [{"streams": 0, "open": 0, **asdict(probes.memory(target.pid))}]
     run = Streams(target, n_events, interval_ms)
     start = time.monotonic()
-    for step in steps:
-        await run.open(step - len(run.listeners))
-        await asyncio.sleep(settle_s)
-        still_open = sum(listener.open for listener in run.listeners)
-        weights.append({"streams": step, "open": still_open, **asdict(probes.memory(target.pid))})
-    opened_s = time.monotonic() - start
+    await ask_upstream(target, "/hold")
+    try:
+        for step in steps:
+            await run.open(step - len(run.listeners))
+            await asyncio.sleep(settle_s)
+            still_open = sum(listener.open for listener in run.listeners)
+            weight = probes.memory(target.pid)
+            weights.append({"streams": step, "open": still_open, **asdict(weight)})
+        opened_s = time.monotonic() - start
+    finally:
+        await ask_upstream(target, "/release")
     await run.finish(n_events * interval_ms / 1000 + 30)
     await asyncio.sleep(settle_s)
     after = asdict(probes.memory(target.pid))

@@ -304,8 +304,8 @@ def remarks(results: Results) -> list[str]:
             reached = (window["completed"] + 1) / asked  # the last tick may fall after the end
             if reached < REACHED or window["waited"]:
                 said.append(
-                    f"{where}: the rate was not held: {reached:.0%} answered, "
-                    f"{window['waited']} requests had to wait for a connection."
+                    f"{where}: {reached:.0%} of the requests that the rate asked for were "
+                    f"answered; {window['waited']} had to wait for a free connection."
                 )
         if window["phase"] == "streams":
             reached = window["rate"] / window["rate_asked"]

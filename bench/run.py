@@ -57,7 +57,7 @@ class Settings:
     stream_warm_s: float = 0.4
     stream_window_s: float = 2.0
     held_steps: tuple[int, ...] = (1000, 2000)
-    held_events: int = 24
+    held_events: int = 10
     held_interval_ms: float = 500
     held_settle_s: float = 0.5
     first_bytes: int = 200
@@ -73,17 +73,17 @@ QUICK = Settings(
     EVERYBODY,
     rounds=2,
     starts=1,
-    request_warm_s=0.2,
-    request_window_s=0.5,
-    request_linger_s=0.2,
-    stream_warm_s=0.2,
-    stream_window_s=0.7,
+    request_warm_s=0.1,
+    request_window_s=0.4,
+    request_linger_s=0.15,
+    stream_warm_s=0.1,
+    stream_window_s=0.5,
     held_steps=(250, 500),
-    held_events=12,
+    held_events=4,
     held_interval_ms=250,
-    held_settle_s=0.2,
+    held_settle_s=0.15,
     first_bytes=50,
-    idle_s=1.0,
+    idle_s=0.5,
     limit_s=240,
 )
 SMOKE = Settings(

@@ -30,15 +30,27 @@ _ANSWER = _HEAD_JSON % len(wire.ANSWER) + wire.ANSWER
 
 
 class Sent:
-    """What each stream was sent, for the far end to compare: events, bytes and their hash."""
+    """What each stream was sent, for the far end to compare: events, bytes and their hash.
+
+    While `held`, no paced stream ends: it goes on past its number of events until it is let go, so
+    that thousands can be open at once however long a proxy takes to open them.
+    """
 
     def __init__(self) -> None:
         self._streams: dict[int, tuple[int, int, str]] = {}
+        self.held = False
 
     def record(self, stream_id: int, events: int, size: int, digest: str) -> None:
         self._streams[stream_id] = (events, size, digest)
 
-    def take(self) -> bytes:
+    def ask(self, url: bytes) -> bytes:
+        """The load generator's own three requests, on the same port as everything else."""
+        if url == b"/sent":
+            return self._take()
+        self.held = url == b"/hold"
+        return b"{}"
+
+    def _take(self) -> bytes:
         answer = orjson.dumps(self._streams, option=orjson.OPT_NON_STR_KEYS)
         self._streams.clear()
         return answer
@@ -78,6 +90,7 @@ class Stream:
         else:
             for index in range(self._n_events):
                 self._send(wire.word_event(index, time.monotonic_ns()))
+            self._next = self._n_events
             self._finish()
 
     def stop(self) -> None:
@@ -92,7 +105,7 @@ class Stream:
     def _tick(self) -> None:
         self._send(wire.word_event(self._next, time.monotonic_ns()))
         self._next += 1
-        if self._next < self._n_events:
+        if self._next < self._n_events or self._provider.sent.held:
             # Counted from the start, so that a late tick is made up for and the rate holds.
             due = self._start + (self._next + 1) * self._interval_s
             self._timer = self._loop.call_at(due, self._tick)
@@ -101,10 +114,10 @@ class Stream:
 
     def _finish(self) -> None:
         self._send(wire.finish_event(time.monotonic_ns()))
-        self._send(wire.usage_event(self._n_events))
+        self._send(wire.usage_event(self._next))
         self._send(wire.DONE)
         # Recorded before the last byte leaves: whoever has the whole stream may ask at once.
-        events = wire.words_total(self._n_events)
+        events = wire.events_total(self._next)
         self._provider.sent.record(self._stream_id, events, self._size, self._digest.hexdigest())
         self._provider.write(b"0\r\n\r\n")
         self._provider.stream = None
@@ -153,9 +166,9 @@ class Provider(asyncio.Protocol):
         self._body.append(body)
 
     def on_message_complete(self) -> None:
-        if self._url == b"/sent":
-            record = self.sent.take()
-            self.write(_HEAD_JSON % len(record) + record)
+        if self._url in (b"/sent", b"/hold", b"/release"):
+            answer = self.sent.ask(self._url)
+            self.write(_HEAD_JSON % len(answer) + answer)
             return
         body = b"".join(self._body)
         knobs = orjson.loads(body) if body else {}

@@ -61,9 +61,9 @@ CLOSING_EVENTS: Final = 3
 """After the words: the finish reason, the usage, and [DONE]."""
 
 
-def words_total(n_events: int) -> int:
-    """Events of a whole stream that was asked for `n_events` words: the role opens it."""
-    return 1 + n_events + CLOSING_EVENTS
+def events_total(n_words: int) -> int:
+    """Events of a whole stream of that many words: the role opens it."""
+    return 1 + n_words + CLOSING_EVENTS
 
 
 def role_event(now_ns: int) -> bytes:
@@ -78,8 +78,8 @@ def finish_event(now_ns: int) -> bytes:
     return _CHUNK % (b"{}", b'"stop"', b"null", now_ns)
 
 
-def usage_event(n_events: int) -> bytes:
-    usage = {"prompt_tokens": 402, "completion_tokens": n_events, "total_tokens": 402 + n_events}
+def usage_event(n_words: int) -> bytes:
+    usage = {"prompt_tokens": 402, "completion_tokens": n_words, "total_tokens": 402 + n_words}
     chunk = {
         "id": "chatcmpl-CkV0mT3n7Qw9Zs1Yp4Rb8XcLd2Hf",
         "object": "chat.completion.chunk",

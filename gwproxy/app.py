@@ -86,11 +86,12 @@ class App:
         if config.admin.key is None:
             self.log.event("info", "admin key not set: the bootstrap key is off")
         counter = choose_counter(assets.ranks())
-        prices = PriceBook(assets.prices(), _overrides(config))
+        overrides = {name: price.row() for name, price in config.prices.models.items()}
+        prices = PriceBook(assets.prices(), overrides)
         routes = build_routes(config, prices)
         metrics = Metrics(*_labels(routes, prices))
         if isinstance(counter, ByteEstimate):
-            metrics.tokenizer_fallback.set(1)
+            metrics.tokenizer_fallback.value = 1
             self.log.event("error", "tokenizer failed: tokens are estimated", fault=counter.fault)
 
         database = await Database.open(config.storage.path)
@@ -117,7 +118,7 @@ class App:
             clock=time.time,
         )
         models = ModelsHandler(keyring, routes, prices, extra=config.prices.models, clock=time.time)
-        auth = AdminAuth(config.admin.key.reveal() if config.admin.key else None, self._loop.time)
+        auth = AdminAuth(config.admin.key.reveal() if config.admin.key else None, time.monotonic)
         health = Health(metrics, lambda: self.draining)
         public = [
             Route("POST", "/v1/chat/completions", chat.handle, "chat", traced=True),
@@ -164,6 +165,8 @@ class App:
         ca_file = config.ca_file
         upstream = Upstream(
             self._loop,
+            # Not the loop's own: uvloop's moves once a turn and in milliseconds.
+            time.monotonic,
             connect_timeout_s=config.connect_timeout_s,
             idle_s=config.idle_connection_s,
             # Time-outs are found by looking: often enough to be late by a tenth at most.
@@ -199,6 +202,7 @@ class App:
         )
         return Dispatch(
             self._loop,
+            time.monotonic,
             endpoints=endpoints,
             default=default,
             patience=patience,
@@ -215,7 +219,7 @@ class App:
             request_ids=ids,
             metrics=metrics,
             log=self.log,
-            clock=self._loop.time,
+            clock=time.monotonic,
             max_header_bytes=limits.max_header_bytes,
         )
         listener = Listener(
@@ -315,7 +319,7 @@ def build_routes(config: Config, prices: PriceBook) -> Routes:
         if table.flavour == "openai":
             prefix = table.prefix or ""
         else:
-            prefix = table.prefix or CATALOGUE.get(name, name)
+            prefix = CATALOGUE.get(name, name) if table.prefix is None else table.prefix
         slug = CATALOGUE.get(prefix) or CATALOGUE.get(name) or prefix or name
         providers[name] = Provider(
             name,
@@ -339,17 +343,6 @@ def build_routes(config: Config, prices: PriceBook) -> Routes:
             for provider in providers.values()
         },
     )
-
-
-def _overrides(config: Config) -> dict[str, dict[str, object]]:
-    return {
-        name: {
-            field: getattr(price, field)
-            for field in ("input", "output", "cache_read", "cache_write")
-            if getattr(price, field) is not None
-        }
-        for name, price in config.prices.models.items()
-    }
 
 
 def _labels(routes: Routes, prices: PriceBook) -> tuple[frozenset[str], frozenset[str]]:

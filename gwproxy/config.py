@@ -842,8 +842,6 @@ class _Reader:
             variable.upper().removeprefix("GWPROXY__"),
             [name.removeprefix("GWPROXY__") for name in same_key or known],
         )
-        if near is None and len(same_key) == 1:
-            near = same_key[0].removeprefix("GWPROXY__")
         self._problem_of_variable(
             variable,
             "names no key of the configuration",
@@ -1269,7 +1267,7 @@ def _secret_file(path: Path) -> str:
     try:
         with path.open("rb") as stream:
             data = stream.read(SECRET_LIMIT_BYTES + 1)
-        text = data.decode().rstrip("\r\n")
+        text = data.decode()
     except OSError as error:
         raise _Wrong(
             f"{path} cannot be read ({error.strerror})", "check its path and permissions"

@@ -5,13 +5,14 @@ stands still costs lines, counted and told, never the loop and never memory with
 What is logged is decided by the caller, and no caller hands over a key, a prompt or an answer.
 """
 
+import functools
 import logging
 import sys
 import threading
 import time
 from collections import deque
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import orjson
 
@@ -21,13 +22,21 @@ BACKLOG_LIMIT = 50_000
 """Lines that wait for a slow reader: about 25 MB at 500 bytes a line."""
 
 
+class Record(Protocol):
+    """Something that can tell its own line, later and in another thread."""
+
+    def fields(self) -> dict[str, Any]: ...
+
+
 class Log:
     """`event` from anywhere; `start` and `stop` around the life of the process."""
 
     def __init__(self, stream: TextIO | None = None, level: str = "info") -> None:
         self._stream = stream if stream is not None else sys.stderr
         self._threshold = LEVELS[level]
-        self._lines: deque[tuple[float, str, str, dict[str, Any]]] = deque()
+        self.debugging = level == "debug"
+        """For hot paths, which need not gather the fields of a line that nobody wants."""
+        self._lines: deque[tuple[float, str, str, dict[str, Any] | Record]] = deque()
         self._dropped = 0
         self._wake = threading.Event()
         self._stopping = False
@@ -35,11 +44,16 @@ class Log:
 
     def event(self, level: str, event: str, **fields: Any) -> None:
         """Queue one line. `fields` are plain values: text, numbers, lists and dicts of them."""
-        if LEVELS[level] >= self._threshold:
-            if len(self._lines) >= BACKLOG_LIMIT:
-                self._dropped += 1
-                return
-            self._lines.append((time.time(), level, event, fields))
+        self.record(level, event, fields)
+
+    def record(self, level: str, event: str, record: dict[str, Any] | Record) -> None:
+        """Queue one line. Nothing may change `record` any more."""
+        if LEVELS[level] < self._threshold:
+            return
+        if len(self._lines) >= BACKLOG_LIMIT:
+            self._dropped += 1
+        else:
+            self._lines.append((time.time(), level, event, record))
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
@@ -80,11 +94,17 @@ class Log:
             self._dropped += len(parts)
 
 
-def render(time_s: float, level: str, event: str, fields: dict[str, Any]) -> str:
+def render(time_s: float, level: str, event: str, record: dict[str, Any] | Record) -> str:
     """One line. Foreign text is escaped by JSON, so that nobody can forge a second line."""
-    stamp = datetime.fromtimestamp(time_s, UTC).isoformat(timespec="milliseconds")
-    line = {"time": stamp.replace("+00:00", "Z"), "level": level, "event": event, **fields}
+    fields = record if isinstance(record, dict) else record.fields()
+    stamp = f"{_second(int(time_s))}.{int(time_s % 1 * 1000):03d}Z"
+    line = {"time": stamp, "level": level, "event": event, **fields}
     return orjson.dumps(line, default=str, option=orjson.OPT_APPEND_NEWLINE).decode()
+
+
+@functools.lru_cache(maxsize=4)
+def _second(time_s: int) -> str:
+    return datetime.fromtimestamp(time_s, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 class ForeignRecords(logging.Handler):

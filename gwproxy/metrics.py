@@ -1,25 +1,40 @@
 """Every Prometheus name, once. Labels come from closed sets; a user or a key is never one.
 
-A metric's child is looked up once per combination and kept: `labels()` costs more than `inc()`.
+The event loop counts in plain integers, which is all that a request pays for; a scrape turns them
+into the client library's families, whose own counters take a lock for each step.
 """
 
-import functools
 import platform
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from typing import Final, Generic, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
 
 from gwproxy import __version__
 
-CONTENT_TYPE = CONTENT_TYPE_LATEST
+CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 
-OTHER = "other"
+OTHER: Final = "other"
 
-_OVERHEAD_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
-_UPSTREAM_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-_GAP_S = (0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60)
+MODEL_LABELS: Final = 200
+"""Distinct model labels. The price table knows thousands; each one is rows in every scrape."""
 
-ERROR_TYPES = frozenset(
+_OVERHEAD_S: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
+_UPSTREAM_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_GAP_S: Final = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0)
+_STALL_S: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0)
+
+ERROR_TYPES: Final = frozenset(
     {
         "caller_invalid",
         "caller_auth",
@@ -42,137 +57,170 @@ ERROR_TYPES = frozenset(
 )
 
 
-MODEL_LABELS = 200
-"""Distinct model labels. The price table knows thousands; each one is rows in every scrape."""
+class Count:
+    """A number that goes up, or up and down. Add to `value`."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value: float = 0
 
 
-class Metrics:
-    """One registry. `models` are the names that may become a label: configured or priced ones."""
+class Spread:
+    """How often values fell into each bucket."""
+
+    __slots__ = ("bounds", "buckets", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.buckets = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        self.buckets[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
+Child = TypeVar("Child", Count, Spread)
+
+
+class Family(Generic[Child]):
+    """One metric with labels. A child is made when its labels are first asked for."""
+
+    def __init__(
+        self, name: str, words: str, labels: Sequence[str], make: Callable[[], Child]
+    ) -> None:
+        self.name = name
+        self.words = words
+        self.labels = labels
+        self._make: Callable[[], Child] = make
+        self.children: dict[tuple[str, ...], Child] = {}
+
+    def child(self, *values: str) -> Child:
+        found = self.children.get(values)
+        if found is None:
+            assert len(values) == len(self.labels), self.name
+            found = self.children[values] = self._make()
+        return found
+
+
+class Metrics(Collector):
+    """All metrics of one process. `models` are the names that may become a label.
+
+    Plain attributes are counts and spreads without labels; the methods below find the child for
+    some labels, bounding what a caller has a say in.
+    """
 
     def __init__(self, providers: frozenset[str], models: frozenset[str]) -> None:
         self._providers = providers
         self._models = models
         self._model_labels: set[str] = set()
-        self.registry = registry = CollectorRegistry()
-        self._requests = Counter(
+        self._families: list[Family[Count] | Family[Spread]] = []
+        self._gauges: set[str] = set()
+        self._per_request: dict[tuple[str, str, str, int, str], Count] = {}
+
+        self._requests = self._counter(
             "gwproxy_requests_total",
             "Requests answered.",
-            ("route", "provider", "model", "status_class", "error_type"),
-            registry=registry,
+            "route",
+            "provider",
+            "model",
+            "status_class",
+            "error_type",
         )
-        self.overhead = Histogram(
+        self.overhead = self._spread(
             "gwproxy_overhead_seconds",
             "Time from a request's head to its dispatch: what this proxy itself adds.",
-            buckets=_OVERHEAD_S,
-            registry=registry,
-        )
-        self._ttfb = Histogram(
+            _OVERHEAD_S,
+        ).child()
+        self._ttfb = self._spread(
             "gwproxy_upstream_ttfb_seconds",
             "Time from a request sent upstream to the first byte of its answer's body.",
-            ("provider",),
-            buckets=_UPSTREAM_S,
-            registry=registry,
+            _UPSTREAM_S,
+            "provider",
         )
-        self.stream_gap = Histogram(
+        self.stream_gap = self._spread(
             "gwproxy_stream_gap_seconds",
             "The longest silence of the upstream within a stream.",
-            buckets=_GAP_S,
-            registry=registry,
-        )
-        self.streams_open = Gauge(
-            "gwproxy_streams_open", "Streams being relayed at this moment.", registry=registry
-        )
-        self._tokens = Counter(
+            _GAP_S,
+        ).child()
+        self.streams_open = self._gauge(
+            "gwproxy_streams_open", "Streams being relayed at this moment."
+        ).child()
+        self._tokens = self._counter(
             "gwproxy_tokens_total",
             "Tokens by where the count came from (provider, counted or estimated).",
-            ("provider", "model", "type", "source"),
-            registry=registry,
+            "provider",
+            "model",
+            "type",
+            "source",
         )
-        self._cost = Counter(
-            "gwproxy_cost_usd_total",
-            "Cost of settled requests, in USD.",
-            ("provider", "model"),
-            registry=registry,
+        self._cost = self._counter(
+            "gwproxy_cost_usd_total", "Cost of settled requests, in USD.", "provider", "model"
         )
-        self._settlements = Counter(
-            "gwproxy_settlements_total", "Requests settled.", ("outcome",), registry=registry
+        self._settlements = self._counter(
+            "gwproxy_settlements_total", "Requests settled.", "outcome"
         )
-        self.holds_open = Gauge(
-            "gwproxy_holds_open", "Requests admitted and not yet settled.", registry=registry
-        )
-        self._fallbacks = Counter(
+        self.holds_open = self._gauge(
+            "gwproxy_holds_open", "Requests admitted and not yet settled."
+        ).child()
+        self._fallbacks = self._counter(
             "gwproxy_fallbacks_total",
             "Attempts that moved on to the next provider.",
-            ("from", "to", "reason"),
-            registry=registry,
+            "from",
+            "to",
+            "reason",
         )
-        self.auth_failures = Counter(
-            "gwproxy_auth_failures_total", "Requests with no valid key.", registry=registry
-        )
-        self.tokenizer_fallback = Gauge(
+        self.auth_failures = self._counter(
+            "gwproxy_auth_failures_total", "Requests without a valid key."
+        ).child()
+        self.tokenizer_fallback = self._gauge(
             "gwproxy_tokenizer_fallback",
             "1 when tokens are estimated from bytes because the tokenizer failed its self-test.",
-            registry=registry,
-        )
-        self.loop_stall = Histogram(
-            "gwproxy_loop_stall_seconds",
-            "How late the event loop's coarse timer fired.",
-            buckets=(0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1),
-            registry=registry,
-        )
-        Gauge(
-            "gwproxy_build_info",
-            "Always 1; the labels say what runs.",
-            ("version", "python"),
-            registry=registry,
-        ).labels(__version__, platform.python_version()).set(1)
+        ).child()
+        self.loop_stall = self._spread(
+            "gwproxy_loop_stall_seconds", "How late the event loop's coarse timer fired.", _STALL_S
+        ).child()
+        self._gauge(
+            "gwproxy_build_info", "Always 1; the labels say what runs.", "version", "python"
+        ).child(__version__, platform.python_version()).value = 1
 
-        # Bounded, because a caller has a say in some of the arguments.
-        remember = functools.lru_cache(maxsize=4096)
-        self.request = remember(self._request_child)
-        """(route, provider, model, status, error_type) -> counter"""
-        self.ttfb = remember(self._ttfb_child)
-        """(provider) -> histogram"""
-        self.tokens = remember(self._token_children)
-        """(provider, model, source) -> the counters of input, cached, output and reasoning"""
-        self.cost = remember(self._cost_child)
-        """(provider, model) -> counter of USD"""
-        self.settlement = remember(self._settlements.labels)
-        """(outcome) -> counter"""
-        self.fallback = remember(self._fallback_child)
-        """(from, to, reason) -> counter"""
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
 
-    def render(self) -> bytes:
-        """The exposition text that Prometheus scrapes."""
-        return generate_latest(self.registry)
+    # -- children ----------------------------------------------------------------------------
 
-    def _request_child(
-        self, route: str, provider: str, model: str, status: int, error_type: str
-    ) -> Counter:
-        assert error_type in ERROR_TYPES, error_type
-        return self._requests.labels(
-            route,
-            self._provider(provider),
-            self._model(model),
-            f"{status // 100}xx",
-            error_type,
-        )
+    def request(self, route: str, provider: str, model: str, status: int, error_type: str) -> Count:
+        key = (route, provider, model, status, error_type)
+        found = self._per_request.get(key)
+        if found is None:
+            assert error_type in ERROR_TYPES, error_type
+            found = self._requests.child(
+                route,
+                self._provider(provider),
+                self._model(model),
+                f"{status // 100}xx",
+                error_type,
+            )
+            # A caller has a say in the model: what is kept beside the family is bounded.
+            if len(self._per_request) < 4096:
+                self._per_request[key] = found
+        return found
 
-    def _ttfb_child(self, provider: str) -> Histogram:
-        return self._ttfb.labels(self._provider(provider))
+    def ttfb(self, provider: str) -> Spread:
+        return self._ttfb.child(self._provider(provider))
 
-    def _token_children(self, provider: str, model: str, source: str) -> tuple[Counter, ...]:
-        labels = (self._provider(provider), self._model(model))
-        return tuple(
-            self._tokens.labels(*labels, kind, source)
-            for kind in ("input", "cache_read", "cache_write", "output", "reasoning")
-        )
+    def tokens(self, provider: str, model: str, kind: str, source: str) -> Count:
+        return self._tokens.child(self._provider(provider), self._model(model), kind, source)
 
-    def _cost_child(self, provider: str, model: str) -> Counter:
-        return self._cost.labels(self._provider(provider), self._model(model))
+    def cost(self, provider: str, model: str) -> Count:
+        return self._cost.child(self._provider(provider), self._model(model))
 
-    def _fallback_child(self, old: str, new: str, reason: str) -> Counter:
-        return self._fallbacks.labels(self._provider(old), self._provider(new), reason)
+    def settlement(self, outcome: str) -> Count:
+        return self._settlements.child(outcome)
+
+    def fallback(self, old: str, new: str, reason: str) -> Count:
+        return self._fallbacks.child(self._provider(old), self._provider(new), reason)
 
     def _provider(self, name: str) -> str:
         return name if not name or name in self._providers else OTHER
@@ -184,3 +232,51 @@ class Metrics:
             self._model_labels.add(name)
             return name
         return OTHER
+
+    # -- exposition --------------------------------------------------------------------------
+
+    def render(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """What the client library asks of a collector."""
+        for family in self._families:
+            yield self._expose(family)
+
+    def _expose(self, family: Family[Count] | Family[Spread]) -> Metric:
+        if family.name in self._gauges:
+            gauge = GaugeMetricFamily(family.name, family.words, labels=family.labels)
+            for values, child in family.children.items():
+                assert isinstance(child, Count)
+                gauge.add_metric(values, child.value)
+            return gauge
+        if family.name.endswith("_total"):
+            counter = CounterMetricFamily(family.name, family.words, labels=family.labels)
+            for values, child in family.children.items():
+                assert isinstance(child, Count)
+                counter.add_metric(values, child.value)
+            return counter
+        histogram = HistogramMetricFamily(family.name, family.words, labels=family.labels)
+        for values, child in family.children.items():
+            assert isinstance(child, Spread)
+            bounds = [*map(str, child.bounds), "+Inf"]
+            rows = list(zip(bounds, accumulate(child.buckets), strict=True))
+            histogram.add_metric(values, rows, child.total)
+        return histogram
+
+    def _counter(self, name: str, words: str, *labels: str) -> Family[Count]:
+        family = Family(name, words, labels, Count)
+        self._families.append(family)
+        return family
+
+    def _gauge(self, name: str, words: str, *labels: str) -> Family[Count]:
+        self._gauges.add(name)
+        return self._counter(name, words, *labels)
+
+    def _spread(
+        self, name: str, words: str, bounds: Sequence[float], *labels: str
+    ) -> Family[Spread]:
+        family = Family(name, words, labels, lambda: Spread(bounds))
+        self._families.append(family)
+        return family

@@ -118,7 +118,7 @@ class Front:
         clock: Callable[[], float],
         max_header_bytes: int,
     ) -> None:
-        """`clock` is the event loop's."""
+        """`clock` gives monotonic seconds."""
         self.router = router
         self._request_ids = request_ids
         self._metrics = metrics
@@ -130,7 +130,7 @@ class Front:
         self._open_requests = 0
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        trace = Trace(self._request_ids(), "other", self._clock())
+        trace = Trace(self._request_ids(), self._clock())
         self._open_requests += 1
         try:
             response = await self._answer(request, trace)
@@ -205,7 +205,7 @@ class Front:
             raise BadRequest("Transfer-Encoding may only be chunked.", status=501, close=True)
         if "Upgrade" in headers and request._message.upgrade:
             raise BadRequest("This server speaks HTTP/1.1 alone.", close=True)
-        size = sum(len(name) + len(value) for name, value in request.raw_headers)
+        size = len(b"".join(map(b"".join, request.raw_headers)))
         if size > self._max_header_bytes:
             raise RequestTooLarge(
                 f"The headers are larger than {self._max_header_bytes} bytes.",
@@ -222,7 +222,7 @@ class Front:
             error.code,
         )
         if error.error_type == "caller_auth" and error.status == 401:
-            self._metrics.auth_failures.inc()
+            self._metrics.auth_failures.value += 1
         if request.writer.output_size > 0:
             # Headers are out: a second response would be read as part of the first one's body.
             self._log.event("error", "error after headers", request_id=trace.request_id)
@@ -233,45 +233,13 @@ class Front:
 
     def _record(self, trace: Trace) -> None:
         """The one log line of a request, and its count."""
-        now = self._clock()
+        trace.ended_at = self._clock()
+        status = trace.status or 500
         self._metrics.request(
-            trace.route,
-            trace.provider,
-            trace.provider_model,
-            trace.status or 500,
-            trace.error_type,
-        ).inc()
-        if trace.route in _QUIET and trace.status == 200:
-            return
-        principal = trace.principal
-        self._log.event(
-            "info",
-            "request",
-            request_id=trace.request_id,
-            route=trace.route,
-            status=trace.status,
-            user_id=principal.user_id if principal else None,
-            org_id=principal.org_id if principal else None,
-            key_id=principal.key_id if principal else None,
-            model=trace.model or None,
-            provider=trace.provider or None,
-            stream=trace.stream,
-            attempts=[attempt.fields() for attempt in trace.attempts],
-            outcome=trace.outcome or None,
-            tokens=trace.tokens,
-            cost_nanos=trace.cost_nanos,
-            source=trace.source or None,
-            price_version=trace.price_version or None,
-            cf_aig_log_id=trace.log_id or None,
-            error_type=trace.error_type or None,
-            error_code=trace.error_code,
-            duration_ms=round((now - trace.started) * 1000, 2),
-            upstream_ms=(
-                round((trace.first_byte_at - trace.sent_at) * 1000, 2)
-                if trace.first_byte_at
-                else None
-            ),
-        )
+            trace.route, trace.provider, trace.provider_model, status, trace.error_type
+        ).value += 1
+        if trace.route not in _QUIET or status != 200:
+            self._log.record("info", "request", trace)
 
 
 _QUIET: Final = frozenset({"health", "metrics"})
@@ -399,6 +367,12 @@ class ListenerProtocol(web.RequestHandler):
             self.head_since = 0.0
         elif not self.head_since:
             self.head_since = self._loop.time()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        # aiohttp calls this after each read, paused or not, and then parses nothing and resumes
+        # nothing, for the price of a parser call.
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
 
     def handle_error(
         self,

@@ -250,7 +250,9 @@ def test_all_problems_are_told_at_once_one_a_line(file: Path) -> None:
         ("server", "zzz = 1", "server.zzz: is not a key of this table; known: listen, drain_s,"),
         ("server", '"z.z" = 1', 'server."z.z": is not a key of this table'),
         ("admin", 'listen = "127.0.0.1:8080"', "is the address of server.listen too (127.0.0.1:80"),
+        ("admin", 'api_key = "x"', "admin.api_key: is not a key of this table; did you mean"),
         ("breaker", "failure_threshold = 0", "write a number from 1 to 1000"),
+        ("breaker", "failure_threshold = true", "must be a whole number, not true"),
         ("breaker", "failure_threshold = 3.0", "must be a whole number, not 3.0"),
         ("breaker", f"failure_threshold = {10**30}", "a huge number is out of range"),
         ("breaker", "open_timeout_ms = 0", "breaker.open_timeout_ms: 0 is out of range"),
@@ -882,6 +884,7 @@ def test_the_environment_wins_over_the_file(
         ("GWPROXY__SERVER__LISTN", "x", "did you mean GWPROXY__SERVER__LISTEN?"),
         ("GWPROXY__DRAIN_S", "x", "did you mean GWPROXY__SERVER__DRAIN_S?"),
         ("GWPROXY__PROVIDERS__GEMINI__RMP", "1", "did you mean GWPROXY__PROVIDERS__GEMINI__RPM?"),
+        ("GWPROXY__LISTENERS__OPEN", "1", "did you mean GWPROXY__METRICS__OPEN?"),
         ("GWPROXY__", "1", "names no key of the configuration"),
         ("GWPROXY__QQ", "1", "names no key of the configuration; write GWPROXY__TABLE__KEY"),
         ("GWPROXY__PRICES__X__INPUT", "1", "names no key of the configuration; write GWPROXY__T"),
@@ -993,6 +996,9 @@ def test_a_chain_knows_prefixes_aliases_and_the_catalogue(file: Path) -> None:
         loaded(file, text, catalogue=CATALOGUE)
     config = loaded(file, text.replace('"google", ', ""), catalogue=CATALOGUE)
     assert chain_of(config, "m") == [("gemini", "gemini-2.5-flash", 0), ("grok", "grok-4", 0)]
+    # A table that is called by an alias needs no prefix to be found by another one.
+    plain = f'{LOCAL}[providers.gemini]\nmodel = "f"\n[models.m]\nchain = ["google"]\n'
+    assert chain_of(loaded(file, plain, catalogue=CATALOGUE), "m") == [("gemini", "f", 0)]
 
 
 def test_a_chain_in_a_variable_is_a_list_of_names_or_toml(file: Path) -> None:

@@ -113,6 +113,8 @@ def test_two_swapped_characters_are_noticed(seed, place):
         (GOLDEN + checksum(GOLDEN) + "0", "shape"),
         (GOLDEN[:-1] + "é" + checksum(GOLDEN), "shape"),
         (GOLDEN[:-1] + "\udcff" + checksum(GOLDEN), "shape"),
+        (GOLDEN + "x" + checksum(GOLDEN + "x"), "shape"),
+        (GOLDEN[:-1] + checksum(GOLDEN[:-1]), "shape"),
         ("' OR 1=1 --", "shape"),
         (digest(GOLDEN + checksum(GOLDEN)).hex(), "shape"),
     ],

@@ -140,6 +140,17 @@ def test_everything_else_is_one_401_that_does_not_repeat_what_was_sent(sent):
     assert KEY not in words and OTHER not in words and "DROP" not in words
 
 
+def test_a_key_that_was_not_copied_whole_is_told_so_whether_or_not_it_is_known():
+    """Its checksum says it, so nothing is looked up and nothing is given away."""
+    words = []
+    for key in (NEAR_MISS, KEY[:-1], FORGED):
+        with pytest.raises(InvalidApiKey) as caught:
+            make().authenticate(bearer(key), NOW)
+        words.append(caught.value.message)
+    assert words[0] == words[1] != words[2]
+    assert "mistyped" in words[0]
+
+
 def test_unknown_revoked_expired_and_deleted_look_the_same():
     revoked, expired, orphan = mint_seeded(3), mint_seeded(4), mint_seeded(5)
     keyring = make(

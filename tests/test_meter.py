@@ -15,6 +15,9 @@ from gwproxy.core.meter import ERROR, FINISH, TEXT, TOOL, USAGE, USAGE_ONLY, Met
 from gwproxy.core.tokens import PIECE_CHARS, Tokenizer, estimate_by_bytes
 from gwproxy.core.usage import Usage
 
+# How long an example takes says nothing here, on a machine that is busy with other things.
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
 WORDS = [
     *("the", "The", "don't", "we'll", "it'S", "HTML", "naïve", "e\u0301", "a", "deadbeef01", "x9"),
     *(" ", "  ", "\n", "\r\n", "\n\n", "\t", "\xa0", "\u3000", "\x1c", " " * 40, "\n" * 9),
@@ -68,7 +71,7 @@ def split(text: str, sizes: list[int]) -> Iterator[str]:
 # -- exactness -------------------------------------------------------------------------------------
 
 
-@settings(max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(PATIENT, max_examples=250)
 @given(text=texts, sizes=st.lists(st.integers(1, 700), min_size=1, max_size=6))
 @example(text="word " * 300, sizes=[511, 1])
 @example(text="don't " * 300, sizes=[4])
@@ -87,7 +90,7 @@ def test_any_split_into_deltas_counts_as_the_whole_text(
 FIELDS = ["content", "reasoning_content", "reasoning", "refusal"]
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(PATIENT, max_examples=100)
 @given(data=st.data())
 def test_fields_choices_and_tool_calls_in_any_order_are_counted_each_for_itself(
     tokenizer: Tokenizer, data: st.DataObject
@@ -109,7 +112,21 @@ def test_fields_choices_and_tool_calls_in_any_order_are_counted_each_for_itself(
     assert meter.counted() == sum(map(tokenizer.count, whole.values()))
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("one", [*FIELDS, "name", "arguments"])
+@pytest.mark.parametrize("other", [*FIELDS, "name", "arguments"])
+def test_texts_that_arrive_in_turns_are_never_joined(meter: Meter, one: str, other: str) -> None:
+    """Three digits in a row are one token, and in three texts they would be three."""
+    for tool, field in enumerate([one, other]):
+        for index in (0, 1):
+            delta: dict[str, Any] = {field: "7"}
+            if field not in FIELDS:
+                delta = {"tool_calls": [{"index": tool, "function": delta}]}
+            meter.observe(chunk(delta, index))
+    same_text = one == other and one in FIELDS
+    assert meter.counted() == (2 if same_text else 4)
+
+
+@settings(PATIENT, max_examples=60)
 @given(text=texts, sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4))
 def test_every_way_to_write_the_events_gives_the_same_count(
     tokenizer: Tokenizer, text: str, sizes: list[int]
@@ -325,6 +342,7 @@ def test_an_event_too_big_to_parse_counts_a_token_for_each_four_bytes(meter: Met
 # -- usage -----------------------------------------------------------------------------------------
 
 
+@settings(PATIENT)
 @given(st.lists(st.none() | st.integers(0, 10_000), max_size=8))
 def test_the_last_usage_wins_and_is_never_a_sum(reports: list[int | None]) -> None:
     meter = Meter(estimate_by_bytes)
@@ -368,7 +386,7 @@ anything = st.recursive(
 choices = st.lists(st.fixed_dictionaries({"delta": anything, "index": anything}), max_size=3)
 
 
-@settings(max_examples=250)
+@settings(PATIENT, max_examples=150)
 @given(st.lists(anything | st.fixed_dictionaries({"choices": choices}), max_size=3))
 def test_no_json_value_makes_the_meter_raise(events: list[Any]) -> None:
     meter = Meter(estimate_by_bytes)

@@ -24,6 +24,9 @@ from gwproxy.core.tokens import (
     scale,
 )
 
+# How long an example takes says nothing here, on a machine that is busy with other things.
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
 # What texts are made of, chosen so that each alternative of the tokenizer's pattern, each class of
 # character that it tells apart, and each class that Python tells apart differently, meet often.
 FRAGMENTS = [
@@ -82,7 +85,7 @@ def test_the_pattern_is_the_librarys_own() -> None:
 # -- cutting ---------------------------------------------------------------------------------------
 
 
-@settings(max_examples=1_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(PATIENT, max_examples=1_000)
 @given(text=texts, end=st.integers(0, 80))
 def test_a_cut_at_a_safe_place_changes_no_count(tokenizer: Tokenizer, text: str, end: int) -> None:
     """`end` hides what is still to come: the place must be safe whatever follows."""
@@ -93,7 +96,7 @@ def test_a_cut_at_a_safe_place_changes_no_count(tokenizer: Tokenizer, text: str,
         assert tokenizer.count(text[:place]) + tokenizer.count(text[place:]) == whole
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(PATIENT, max_examples=300)
 @given(text=texts)
 def test_all_safe_places_together_change_no_count(tokenizer: Tokenizer, text: str) -> None:
     places = sorted({safe_place(text, 0, end) for end in range(len(text) + 1)} | {0, len(text)})
@@ -149,7 +152,7 @@ def test_the_marks_after_which_a_word_is_over_are_neither_letters_nor_numbers_no
     assert not ends & set(regex.findall(r"[\p{L}\p{N}\p{M}\s]", EVERY))
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(PATIENT, max_examples=60)
 @given(
     fragments=st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=12),
     length=st.integers(PIECE_CHARS - 40, 3 * PIECE_CHARS),
@@ -218,6 +221,7 @@ def test_a_library_that_refuses_surrogates_is_given_replacement_characters() -> 
     assert tokenizer.count("a\ud83d") == len("a\ufffd".encode())
 
 
+@settings(PATIENT)
 @given(texts)
 def test_the_byte_estimate_is_a_quarter_of_the_bytes_rounded_up(text: str) -> None:
     size = len(text.encode("utf-8", "surrogatepass"))

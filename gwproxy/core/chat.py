@@ -19,11 +19,25 @@ MAX_CHOICES = 128
 
 _FREE_TIERS = frozenset({"auto", "default", "standard_only"})
 
-_CLIENT_TOOLS = frozenset({"function", "custom"})
-"""Tools that the client runs itself. Any other kind runs upstream, at a price nobody can bound."""
-
 _OTHERS_STATE = ("previous_response_id", "conversation", "prompt", "item_reference", "file_id")
 """Fields that point at state kept upstream, where all tenants share one account."""
+
+_WATCHED = frozenset(
+    {
+        *_OTHERS_STATE,
+        "service_tier",
+        "web_search_options",
+        "audio",
+        "modalities",
+        "background",
+        "tools",
+        "extra_body",
+    }
+)
+"""Fields that may ask for more than tokens in and out; a body without them is not looked into."""
+
+_CLIENT_TOOLS = frozenset({"function", "custom"})
+"""Tools that the client runs itself. Any other kind runs upstream, at a price nobody can bound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +81,8 @@ class ChatRequest:
             if not stream:
                 raise _wrong("stream_options", "is only allowed when stream is true")
             include_usage = _flag(options, "include_usage", "stream_options.include_usage")
-        _refuse_unpriced(body, allowed)
+        if not _WATCHED.isdisjoint(body):
+            _refuse_unpriced(body, allowed)
         return cls(
             model=model,
             stream=stream,

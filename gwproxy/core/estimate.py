@@ -164,7 +164,7 @@ def _words(root: object) -> Iterator[str | int]:
         elif type(node) is list:
             stack.extend((value, chars_a_token, False) for value in node if value)
         elif type(node) is str:
-            yield node
+            yield -(-len(node) // chars_a_token) if chars_a_token and not is_part else node
         elif type(node) is int or type(node) is float:
             yield str(node)
 

@@ -5,7 +5,7 @@ counts nothing may. What failed is classified by `core.upstream_words`; this roo
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from urllib.parse import urlsplit
@@ -105,6 +105,7 @@ class Dispatch:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
+        now: Callable[[], float],
         *,
         endpoints: Mapping[str, Endpoint],
         default: Endpoint,
@@ -112,8 +113,9 @@ class Dispatch:
         metrics: Metrics,
         log: Log,
     ) -> None:
-        """`default` serves the providers that have no table of their own."""
+        """`now` gives monotonic seconds. `default` serves the providers without a table."""
         self.loop = loop
+        self.now = now
         self.patience = patience
         self.metrics = metrics
         self.log = log
@@ -148,10 +150,14 @@ class Sending:
         log, request_id = self._dispatch.log, self._trace.request_id
         for number, priced in enumerate(chain, start=1):
             provider = priced.candidate.provider.name
-            log.event("debug", "Attempting provider", request_id=request_id, provider=provider)
+            if log.debugging:
+                log.event("debug", "Attempting provider", request_id=request_id, provider=provider)
             result = await self._attempt(priced, number)
             if isinstance(result, Reply):
-                log.event("debug", "Provider succeeded", request_id=request_id, provider=provider)
+                if log.debugging:
+                    log.event(
+                        "debug", "Provider succeeded", request_id=request_id, provider=provider
+                    )
                 return result
             self._trace.attempts[-1].reason = result.reason
             if number == len(chain) or not result.meaning.may_fall_back:
@@ -165,7 +171,7 @@ class Sending:
                 status=result.status,
             )
             following = chain[number].candidate.provider.name
-            self._dispatch.metrics.fallback(provider, following, result.reason).inc()
+            self._dispatch.metrics.fallback(provider, following, result.reason).value += 1
         raise AssertionError("a quote has a candidate at least")
 
     def _give_up(self, verdict: Verdict, provider: str) -> GatewayError:
@@ -198,7 +204,7 @@ class Sending:
         endpoint = dispatch.endpoint(candidate.provider.name)
         body = self._chat.body_for(candidate)
         head = endpoint.request_head(self._principal, trace, priced, number, len(body))
-        began = dispatch.loop.time()
+        began = dispatch.now()
         record = Attempt(candidate.provider.name, candidate.model)
         trace.attempts.append(record)
         trace.provider, trace.provider_model = candidate.provider.name, candidate.model
@@ -214,6 +220,7 @@ class Sending:
                     return _failed(connection)
                 reply = Reply(
                     dispatch.loop,
+                    dispatch.now,
                     connection,
                     meter,
                     dispatch.patience,
@@ -226,7 +233,7 @@ class Sending:
                 trace.sent_at = reply.sent_at
                 connection.send(reply, head, body)
                 try:
-                    await reply.decided()
+                    await reply.decided
                 except BaseException:
                     reply.close()
                     raise
@@ -238,7 +245,7 @@ class Sending:
             trace.log_id = reply.headers.get("cf-aig-log-id", "")[:128]
             return self._judge(reply, endpoint)
         finally:
-            record.duration_ms = (dispatch.loop.time() - began) * 1000
+            record.duration_s = dispatch.now() - began
 
     def _judge(self, reply: Reply, endpoint: Endpoint) -> Reply | Verdict:
         """A reply that counts, or what it means instead."""

@@ -2,7 +2,7 @@
 authenticate, parse, quote, reserve, send, relay, settle.
 """
 
-import asyncio
+import functools
 import random
 from collections.abc import Callable
 
@@ -15,14 +15,13 @@ from gwproxy.core.routing import Routes, ordered
 from gwproxy.core.trace import Trace
 from gwproxy.core.upstream_words import passed_on
 from gwproxy.metrics import Metrics
+from gwproxy.proxy.answer import Answer
 from gwproxy.proxy.dispatch import Dispatch
 from gwproxy.proxy.intake import Intake
 from gwproxy.proxy.relay import Relay
 from gwproxy.proxy.reply import Reply
 from gwproxy.state.books import Books, Outcome, Quote, Reservation
 from gwproxy.state.keyring import Keyring
-
-SERVER = "gwproxy"
 
 
 class ChatHandler:
@@ -42,7 +41,8 @@ class ChatHandler:
         """`clock` gives seconds since 1970."""
         self._keyring = keyring
         self._intake = intake
-        self._routes = routes
+        # Names are the callers' own: kept for those in use, and no more than that.
+        self._resolve = functools.lru_cache(maxsize=1024)(routes.resolve)
         self._books = books
         self._dispatch = dispatch
         self._metrics = metrics
@@ -62,7 +62,7 @@ class ChatHandler:
 
     def _quote(self, principal: Principal, chat: ChatRequest, trace: Trace) -> Quote:
         allowed = principal.allowed_models
-        chain = self._routes.resolve(chat.model)
+        chain = self._resolve(chat.model)
         if chain is None or (allowed is not None and chat.model not in allowed):
             # One answer for both: nobody can probe for models that he may not use.
             raise ModelNotFound(
@@ -76,10 +76,8 @@ class ChatHandler:
     async def _relay(
         self, request: web.BaseRequest, reply: Reply, reservation: Reservation, trace: Trace
     ) -> web.StreamResponse:
-        loop = self._dispatch.loop
         self._metrics.ttfb(trace.provider).observe(reply.first_byte_at - reply.sent_at)
         headers = passed_on(reply.headers)
-        headers["Server"] = SERVER
         headers["x-request-id"] = trace.request_id
         headers["x-gateway-provider"] = trace.provider
         headers["x-gateway-mode"] = "normal"
@@ -90,7 +88,7 @@ class ChatHandler:
         if reply.events is None and not chat.stream:
             headers["Content-Type"] = "application/json"
             reservation.settle()
-            return web.Response(body=reply.whole, headers=headers)
+            return Answer.whole(request, headers, reply.whole)
 
         headers["Cache-Control"] = "no-cache"
         # nginx in front of us would collect events into blocks.
@@ -100,8 +98,8 @@ class ChatHandler:
             headers["Content-Type"] = "text/event-stream; charset=utf-8"
             reservation.settle()
             body = as_stream(reply.answer, include_usage=chat.include_usage)
-            return web.Response(body=body, headers=headers)
-        return await self._relay_events(request, reply, reservation, headers, loop)
+            return Answer.whole(request, headers, body)
+        return await self._relay_events(request, reply, reservation, headers)
 
     async def _relay_events(
         self,
@@ -109,34 +107,30 @@ class ChatHandler:
         reply: Reply,
         reservation: Reservation,
         headers: dict[str, str],
-        loop: asyncio.AbstractEventLoop,
     ) -> web.StreamResponse:
         assert reply.events is not None
-        response = web.StreamResponse(headers=headers)
-        chunked = request.version >= (1, 1)
-        if chunked:
-            response.enable_chunked_encoding()
-        await response.prepare(request)
-        request.writer.send_headers()
+        dispatch = self._dispatch
+        answer = Answer.stream(request, headers)
         relay = Relay(
-            loop,
+            dispatch.loop,
+            dispatch.now,
             request,
             reply,
             reply.events,
-            chunked=chunked,
-            idle_s=self._dispatch.patience.idle_s,
+            chunked=answer.in_chunks,
+            idle_s=dispatch.patience.idle_s,
         )
-        self._metrics.streams_open.inc()
+        self._metrics.streams_open.value += 1
         try:
             await relay.run()
         finally:
-            self._metrics.streams_open.dec()
+            self._metrics.streams_open.value -= 1
             self._metrics.stream_gap.observe(reply.longest_gap_s)
         whole = relay.failure is None and reply.events.complete
         reservation.outcome = Outcome.COMPLETED if whole else Outcome.TRUNCATED
         if relay.finish():
-            await response.write_eof()
+            answer.end(request)
         elif request.transport is not None:
             # Part of an event is out: only a broken connection can say that the rest is missing.
             request.transport.abort()
-        return response
+        return answer

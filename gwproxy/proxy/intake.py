@@ -19,6 +19,7 @@ T = TypeVar("T")
 BIG_BYTES = 1024 * 1024
 """From here on parsing takes milliseconds of everybody's time, so it is done in turn."""
 
+_JSON = "application/json"
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -33,13 +34,13 @@ class Intake:
     async def read(self, request: web.BaseRequest, parse: Callable[[bytes], T]) -> T:
         """The parsed body of a request whose caller is known."""
         headers = request.headers
-        kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
+        kind = headers.get("Content-Type", "")
+        if kind != _JSON and kind.partition(";")[0].strip().lower() != _JSON:
             # Also keeps out what a browser sends without asking its user first.
             raise UnsupportedMediaType(
                 "The Content-Type must be application/json.", close=_unread(request)
             )
-        if headers.get("Content-Encoding", "identity").strip().lower() != "identity":
+        if "Content-Encoding" in headers and headers["Content-Encoding"].lower() != "identity":
             raise UnsupportedMediaType(
                 "Compressed request bodies are not accepted.", close=_unread(request)
             )
@@ -48,7 +49,7 @@ class Intake:
             raise self._too_large()
         content = request.content
         if content.is_eof():
-            body = await request.read()
+            body = content.read_nowait()  # it came with its head, as nearly all do
         else:
             if headers.get("Expect", "").lower() == "100-continue" and request.transport:
                 # Only now that the caller is known: whoever is not gets his answer instead.

@@ -5,6 +5,7 @@ reading; then it waits for the client while the upstream is not read, so that no
 """
 
 import asyncio
+from collections.abc import Callable
 
 import orjson
 from aiohttp import web
@@ -42,6 +43,7 @@ class Relay:
         "_events",
         "_idle_s",
         "_last_out_at",
+        "_loop",
         "_now",
         "_protocol",
         "_reply",
@@ -55,6 +57,7 @@ class Relay:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
+        now: Callable[[], float],
         request: web.BaseRequest,
         reply: Reply,
         events: ChatStream,
@@ -65,7 +68,8 @@ class Relay:
         transport = request.transport
         if transport is None:
             raise ConnectionResetError("the client is gone")
-        self._now = loop.time
+        self._loop = loop
+        self._now = now
         self._transport = transport
         self._protocol = request.protocol
         self._writer = request.writer
@@ -96,7 +100,7 @@ class Relay:
                 reply.last_byte_at = self._now()
                 reply.connection.resume()
                 continue
-            self._wake = asyncio.get_running_loop().create_future()
+            self._wake = self._loop.create_future()
             await self._wake
 
     def finish(self) -> bool:

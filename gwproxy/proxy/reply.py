@@ -44,7 +44,6 @@ class Reply:
 
     __slots__ = (
         "_asked_stream",
-        "_decided",
         "_held",
         "_held_bytes",
         "_now",
@@ -52,6 +51,7 @@ class Reply:
         "_patience",
         "answer",
         "connection",
+        "decided",
         "drop_usage",
         "ended",
         "events",
@@ -69,6 +69,7 @@ class Reply:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
+        now: Callable[[], float],
         connection: Connection,
         meter: Meter,
         patience: Patience,
@@ -79,8 +80,8 @@ class Reply:
     ) -> None:
         """`drop_usage`: the client did not ask for the usage-only chunk. `on_accepted` is called
         when a success status comes: from there on what is answered is billed."""
-        self._decided: asyncio.Future[None] = loop.create_future()
-        self._now = loop.time
+        self.decided: asyncio.Future[None] = loop.create_future()
+        self._now = now
         self._patience = patience
         self._asked_stream = asked_stream
         self._on_accepted = on_accepted
@@ -101,9 +102,6 @@ class Reply:
         self.first_byte_at = 0.0
         self.last_byte_at = self.sent_at
         self.longest_gap_s = 0.0
-
-    async def decided(self) -> None:
-        await self._decided
 
     @property
     def succeeded(self) -> bool:
@@ -173,5 +171,5 @@ class Reply:
             self.connection.fail(IDLE_TIMEOUT)
 
     def _decide(self) -> None:
-        if not self._decided.done():
-            self._decided.set_result(None)
+        if not self.decided.done():
+            self.decided.set_result(None)

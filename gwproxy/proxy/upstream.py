@@ -6,7 +6,7 @@ It never follows a redirect, keeps no cookie, asks no proxy from the environment
 """
 
 import asyncio
-import select
+import functools
 import socket
 import ssl
 from collections.abc import Callable
@@ -88,9 +88,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, pool: "Pool") -> None:
         self._pool = pool
-        self._loop = pool.loop
         self._transport: asyncio.Transport
-        self._hung_up = select.poll()
         self.exchange: Exchange | None = None
         self.lost = False
         self.idle_since = 0.0
@@ -113,13 +111,12 @@ class Connection(asyncio.Protocol):
 
     def send(self, exchange: Exchange, head: bytes, body: bytes) -> None:
         self.exchange = exchange
-        self._sent_at = self._loop.time()
+        self._sent_at = self._pool.now()
         self._pool.active.add(self)
         self._transport.writelines((head, body))
 
     def is_usable(self) -> bool:
-        """False when the upstream has hung up, even if the event loop has not told yet."""
-        return not self.lost and not self._transport.is_closing() and not self._hung_up.poll(0)
+        return not self.lost and not self._transport.is_closing()
 
     def pause(self) -> None:
         if not self._paused and not self.lost:
@@ -149,8 +146,6 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        fd = cast(socket.socket, transport.get_extra_info("socket")).fileno()
-        self._hung_up.register(fd, select.POLLIN | select.POLLRDHUP)
 
     def data_received(self, data: bytes) -> None:
         if self.exchange is None:
@@ -191,7 +186,7 @@ class Connection(asyncio.Protocol):
         elif self._answered:
             exchange.on_end(GARBAGE)
         else:
-            soon = self._loop.time() - self._sent_at < STALE_WITHIN_S
+            soon = self._pool.now() - self._sent_at < STALE_WITHIN_S
             exchange.on_end(STALE if self._reused and soon else RESET)
 
     def _deliver(self) -> None:
@@ -224,7 +219,7 @@ class Connection(asyncio.Protocol):
             raise ValueError("an answer that nobody asked for")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers[name.lower().decode("latin-1")] = value.decode("latin-1")
+        self._headers[_lower(name)] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
@@ -248,12 +243,19 @@ class Connection(asyncio.Protocol):
             self._keep_alive = self._parser.should_keep_alive() and not self._until_close
 
 
+@functools.lru_cache(maxsize=512)
+def _lower(name: bytes) -> str:
+    """A header's name as it is looked up; the same few come with every answer."""
+    return name.lower().decode("latin-1")
+
+
 class Pool:
     """Connections to one origin. The most recently used idle one goes first: it is the warmest."""
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
+        now: Callable[[], float],
         origin: Origin,
         *,
         tls: ssl.SSLContext | None,
@@ -261,6 +263,7 @@ class Pool:
         idle_s: float,
     ) -> None:
         self.loop = loop
+        self.now = now
         self.origin = origin
         self._tls = tls if origin.tls else None
         self._connect_timeout_s = connect_timeout_s
@@ -306,7 +309,7 @@ class Pool:
         return connection
 
     def release(self, connection: Connection) -> None:
-        connection.idle_since = self.loop.time()
+        connection.idle_since = self.now()
         self._idle.append(connection)
 
     def forget(self, connection: Connection) -> None:
@@ -338,6 +341,7 @@ class Upstream:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
+        now: Callable[[], float],
         *,
         connect_timeout_s: float,
         idle_s: float,
@@ -345,21 +349,23 @@ class Upstream:
         ca_file: str | None,
         late: Callable[[float], None],
     ) -> None:
-        """`late` is told how many seconds after its time each tick came."""
+        """`now` gives monotonic seconds. `late` is told by how many each tick came too late."""
         self._loop = loop
+        self._now = now
         self._connect_timeout_s = connect_timeout_s
         self._idle_s = idle_s
         self._tick_s = tick_s
         self._late = late
         self._pools: dict[Origin, Pool] = {}
         self._tls = _tls_context(ca_file)
-        self._timer = loop.call_later(tick_s, self._tick, loop.time() + tick_s)
+        self._timer = loop.call_later(tick_s, self._tick, now() + tick_s)
 
     def pool(self, origin: Origin) -> Pool:
         pool = self._pools.get(origin)
         if pool is None:
             pool = self._pools[origin] = Pool(
                 self._loop,
+                self._now,
                 origin,
                 tls=self._tls,
                 connect_timeout_s=self._connect_timeout_s,
@@ -377,7 +383,7 @@ class Upstream:
             pool.close()
 
     def _tick(self, due: float) -> None:
-        now = self._loop.time()
+        now = self._now()
         self._late(max(0.0, now - due))
         for pool in self._pools.values():
             pool.tick(now)

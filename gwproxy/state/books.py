@@ -16,11 +16,11 @@ from gwproxy.core.errors import ModelNotPriced
 from gwproxy.core.estimate import prompt_tokens
 from gwproxy.core.identity import Principal
 from gwproxy.core.meter import Meter
-from gwproxy.core.money import Nanos
+from gwproxy.core.money import NANOS_PER_USD, Nanos
 from gwproxy.core.pricing import PriceBook, Rate
 from gwproxy.core.routing import Candidate
 from gwproxy.core.tokens import family_factor, scale
-from gwproxy.core.trace import Trace
+from gwproxy.core.trace import TOKEN_KINDS, Trace
 from gwproxy.core.usage import Usage
 from gwproxy.metrics import Metrics
 
@@ -89,7 +89,7 @@ class Reservation:
         self.outcome: Outcome | None = None
 
     async def __aenter__(self) -> Self:
-        self._books.metrics.holds_open.inc()
+        self._books.metrics.holds_open.value += 1
         return self
 
     async def __aexit__(
@@ -151,23 +151,22 @@ class Reservation:
         trace.source = source if cost or usage.input_total or usage.output else ""
         trace.cost_nanos = cost
         trace.price_version = self.quote.price_version
-        trace.tokens = {
-            "input": usage.input,
-            "cache_read": usage.cache_read,
-            "cache_write": usage.cache_write,
-            "output": usage.output,
-            "reasoning": usage.reasoning,
-        }
+        trace.tokens = (
+            usage.input,
+            usage.cache_read,
+            usage.cache_write,
+            usage.output,
+            usage.reasoning,
+        )
         metrics = self._books.metrics
-        metrics.holds_open.dec()
-        metrics.settlement(outcome).inc()
+        metrics.holds_open.value -= 1
+        metrics.settlement(outcome).value += 1
         if trace.source and priced is not None:
             provider, model = priced.candidate.provider.name, priced.candidate.model
-            counters = metrics.tokens(provider, model, source)
-            for counter, tokens in zip(counters, trace.tokens.values(), strict=True):
+            for kind, tokens in zip(TOKEN_KINDS, trace.tokens, strict=True):
                 if tokens:
-                    counter.inc(tokens)
-            metrics.cost(provider, model).inc(cost / 1e9)
+                    metrics.tokens(provider, model, kind, source).value += tokens
+            metrics.cost(provider, model).value += cost / NANOS_PER_USD
 
     def _measure(self) -> tuple[Usage, str]:
         """The tokens of the attempt under way, and who says so."""

@@ -1,0 +1,105 @@
+"""A response's head and body as bytes, handed to the client's connection in one write.
+
+aiohttp's own response objects cost about as much CPU as all else that we do for a request: they
+are kept for the routes where that does not matter.
+"""
+
+import time
+from collections.abc import Mapping
+from email.utils import formatdate
+from typing import Final
+
+from aiohttp import web
+
+SERVER: Final = "gwproxy"
+
+
+class Answer(web.StreamResponse):
+    """A 200 whose head we write. aiohttp asks of it no more than is defined here.
+
+    `whole` gives a response that aiohttp sends; `stream` one whose head is sent at once, whose
+    body its owner writes, and which `end` ends.
+    """
+
+    # Set for each instance; as class attributes they take the place of aiohttp's properties.
+    keep_alive: bool = True
+    status: int = 200
+    prepared: bool = True
+
+    def __init__(self, request: web.BaseRequest) -> None:
+        # Not aiohttp's own initialisation: cookies, header tables and compression are not ours.
+        self._unsent: bytes = b""
+        self.keep_alive = request.keep_alive
+        self.in_chunks = False
+
+    @classmethod
+    def whole(cls, request: web.BaseRequest, headers: Mapping[str, str], body: bytes) -> "Answer":
+        answer = cls(request)
+        answer._unsent = answer._head(request, headers, len(body)) + body
+        return answer
+
+    @classmethod
+    def stream(cls, request: web.BaseRequest, headers: Mapping[str, str]) -> "Answer":
+        answer = cls(request)
+        answer.in_chunks = request.version >= (1, 1)
+        if not answer.in_chunks:
+            # HTTP/1.0 knows no chunks: the body ends with the connection.
+            answer.keep_alive = False
+        answer._unsent = answer._head(request, headers, None)
+        answer._send(request)
+        return answer
+
+    def end(self, request: web.BaseRequest) -> None:
+        """The stream's body is complete."""
+        if self.in_chunks:
+            self._unsent = b"0\r\n\r\n"
+            self._send(request)
+
+    # -- what aiohttp calls --------------------------------------------------------------------
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        if self._unsent:
+            self._send(request)
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Nothing is left to write."""
+
+    # ------------------------------------------------------------------------------------------
+
+    def _send(self, request: web.BaseRequest) -> None:
+        transport = request.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("the client is gone")
+        # What tells that a response has begun, so that no second one is written after it.
+        request.writer.output_size += len(self._unsent)
+        transport.write(self._unsent)
+        self._unsent = b""
+
+    def _head(
+        self, request: web.BaseRequest, headers: Mapping[str, str], length: int | None
+    ) -> bytes:
+        lines = [f"HTTP/1.1 200 OK\r\nServer: {SERVER}\r\nDate: {_date()}\r\n"]
+        lines += [f"{name}: {value}\r\n" for name, value in headers.items()]
+        if length is not None:
+            lines.append(f"Content-Length: {length}\r\n")
+        elif self.in_chunks:
+            lines.append("Transfer-Encoding: chunked\r\n")
+        if not self.keep_alive:
+            lines.append("Connection: close\r\n")
+        elif request.version < (1, 1):
+            lines.append("Connection: keep-alive\r\n")
+        lines.append("\r\n")
+        return "".join(lines).encode("latin-1")
+
+
+_second = 0
+_text = ""
+
+
+def _date() -> str:
+    """The time as HTTP writes it (RFC 9110, 5.6.7), formatted once a second."""
+    global _second, _text
+    now = int(time.time())
+    if now != _second:
+        _second, _text = now, formatdate(now, usegmt=True)
+    return _text
