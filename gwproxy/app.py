@@ -26,7 +26,7 @@ from gwproxy.admin.routes import routes as admin_routes
 from gwproxy.config import Config, Listen
 from gwproxy.core.pricing import PriceBook
 from gwproxy.core.routing import CATALOGUE, Link, Provider, Routes, max_tokens_field
-from gwproxy.core.tokens import ByteEstimate, choose_counter
+from gwproxy.core.tokens import ByteEstimate, Counter, choose_counter
 from gwproxy.log import Log, capture_libraries
 from gwproxy.metrics import Metrics
 from gwproxy.proxy.dispatch import Dispatch, Endpoint
@@ -56,7 +56,8 @@ KEY_USE_STORED_EVERY_S: Final = 60.0
 class App:
     """A running gateway: `async with await App.start(config, log)`; `addresses` are open."""
 
-    def __init__(self, config: Config, log: Log) -> None:
+    def __init__(self, config: Config, log: Log, counter: Counter | None = None) -> None:
+        self._counter = counter
         self.config = config
         self.log = log
         self.draining = False
@@ -70,8 +71,9 @@ class App:
     # -- building ----------------------------------------------------------------------------
 
     @classmethod
-    async def start(cls, config: Config, log: Log) -> "App":
-        app = cls(config, log)
+    async def start(cls, config: Config, log: Log, counter: Counter | None = None) -> "App":
+        """`counter` is for whoever starts several: loading the vocabulary takes half a second."""
+        app = cls(config, log, counter)
         try:
             await app._build()
         except BaseException:
@@ -85,7 +87,7 @@ class App:
             self.log.event("warning", "configuration", message=warning)
         if config.admin.key is None:
             self.log.event("info", "admin key not set: the bootstrap key is off")
-        counter = choose_counter(assets.ranks())
+        counter = self._counter or choose_counter(assets.ranks())
         overrides = {name: price.row() for name, price in config.prices.models.items()}
         prices = PriceBook(assets.prices(), overrides)
         routes = build_routes(config, prices)

@@ -95,10 +95,7 @@ class UnknownFault(Exception):
 
 
 class Faults(dict[str, int]):
-    """Modifier to number; a flag's number is 1. Truth is membership: `faults.get("after", 0)`."""
-
-    def after(self, name: str, event: int) -> bool:
-        return self.get(name) == event
+    """The modifiers asked for, each with its number; a flag's number is 1."""
 
 
 def split_model(name: str) -> tuple[str, Faults]:

@@ -236,9 +236,7 @@ class Answer:
                 [{"index": choice.index, "delta": delta, "finish_reason": finish}],
             )
             last = choice is choices[-1]
-            if manners.usage_every or (
-                manners.usage_finish and last and finish == _LAST_WORD
-            ):
+            if manners.usage_every or (manners.usage_finish and last and finish == _LAST_WORD):
                 self._put_usage(chunk, spoken, thought)
             if finish == _LAST_WORD:
                 chunk["choices"][0]["finish_reason"] = self._finish(choice)
@@ -261,18 +259,20 @@ class Answer:
                 for piece in choice.thoughts:
                     delta = {**role(choice), "content": None, "reasoning_content": piece}
                     yield event(choice, delta)
-        for turn in range(max((len(choice.pieces) for choice in choices), default=0)):
-            for choice in choices:
-                if turn >= len(choice.pieces):
+        deltas = [choice.deltas for choice in choices]
+        for turn in range(max((len(own) for own in deltas), default=0)):
+            for choice, own in zip(choices, deltas, strict=True):
+                if turn >= len(own):
                     continue
+                text, tokens = own[turn]
                 if choice.call is None:
-                    yield event(choice, {**role(choice), "content": choice.pieces[turn]}, spoke=1)
+                    yield event(choice, {**role(choice), "content": text}, spoke=tokens)
                 elif not manners.whole_calls:
                     if turn == 0:
                         call = _call(choice, "")
                         yield event(choice, {**role(choice), "tool_calls": [call]})
-                    part = {"index": 0, "function": {"arguments": choice.pieces[turn]}}
-                    yield event(choice, {"tool_calls": [part]}, spoke=1)
+                    part = {"index": 0, "function": {"arguments": text}}
+                    yield event(choice, {"tool_calls": [part]}, spoke=tokens)
         for choice in choices:
             if choice.call is not None and manners.whole_calls:
                 call = {

@@ -26,6 +26,8 @@ _WORDS: Final = (
 ).split()
 _PIECE: Final = re.compile(r"\s*(?:\w+|[^\w\s]+)|\s+")
 
+_BURST: Final = " river"
+
 _MESSAGE_OVERHEAD: Final = 3
 _ATTACHMENT_TOKENS: Final = 100
 _ARGUMENT_PIECE: Final = 4
@@ -88,10 +90,21 @@ class Choice:
     call: Call | None
     cut: bool
     """The limit was reached before the answer was."""
+    burst: int = 1
+    """So many of the pieces come at once, in the first delta."""
 
     @property
     def text(self) -> str:
         return "".join(self.pieces)
+
+    @property
+    def deltas(self) -> list[tuple[str, int]]:
+        """The answer as it streams: text and how many tokens it is."""
+        if not self.pieces:
+            return []
+        burst = max(self.burst, 1)
+        first = self.pieces[:burst]
+        return [("".join(first), len(first)), *((piece, 1) for piece in self.pieces[burst:])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +130,8 @@ class Wish:
     reasoning: int = 0
     cached: int = 0
     cache_write: int = 0
-    first_piece: str | None = None
+    burst_bytes: int = 0
+    """The first delta is so long; the limit is not honoured then."""
 
 
 def compose(model: str, body: Mapping[str, Any], wish: Wish) -> Speech:
@@ -135,9 +149,9 @@ def compose(model: str, body: Mapping[str, Any], wish: Wish) -> Speech:
             whole = pieces(said)
         else:
             whole = prose(seed, wish.length if wish.length is not None else 24 + seed[0] % 25)
-        if wish.first_piece is not None:
-            whole = [wish.first_piece, *whole]
-        limit = None if wish.ignore_max else _limit(body)
+        burst = wish.burst_bytes // len(_BURST)
+        whole = [_BURST] * burst + whole
+        limit = None if wish.ignore_max or burst else _limit(body)
         thinking = wish.reasoning if limit is None else min(wish.reasoning, limit)
         spoken = whole if limit is None else whole[: limit - thinking]
         choices.append(
@@ -147,6 +161,7 @@ def compose(model: str, body: Mapping[str, Any], wish: Wish) -> Speech:
                 pieces=tuple(spoken),
                 call=call[0] if call else None,
                 cut=len(spoken) < len(whole),
+                burst=burst,
             )
         )
     prompt = prompt_tokens(body)
@@ -226,5 +241,3 @@ def _argument_pieces(schema: Mapping[str, Any], seed: bytes) -> list[str]:
                 arguments[name] = "".join(prose(seed, 3))
     text = json.dumps(arguments, ensure_ascii=False)
     return [text[i : i + _ARGUMENT_PIECE] for i in range(0, len(text), _ARGUMENT_PIECE)]
-
-
