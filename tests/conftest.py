@@ -1,5 +1,6 @@
 """Fixtures: a gateway with an upstream behind it, in the test's event loop, which is uvloop."""
 
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,7 @@ async def start_gateway(aiohttp_client: Any, upstream: Upstream, tmp_path: Path)
     """Starts a gateway in front of `upstream`; `more` is appended to its configuration."""
 
     async def start(more: str = "", *, config: str | None = None, **environ: str) -> Front:
-        folder = tmp_path / f"gateway{len(list(tmp_path.iterdir()))}"
-        folder.mkdir()
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
         text = config or CONFIG.format(upstream=upstream.url, more=more)
         gateway = Gateway(folder, text, environ)
         client = await aiohttp_client(gateway)

@@ -209,6 +209,8 @@ async def test_money_is_read_digit_by_digit(plane, written, kept):
         (b'{"org_id":"a/b"}', "org_id"),
         (b'{"email":"ann"}', "email"),
         (b'{"email":"ann@example.org\\nBcc: x"}', "email"),
+        (b'{"email":"ann\\u0000@example.org"}', "email"),
+        (b'{"email":"ann\\u202e@example.org"}', "email"),
         (b'{"email":"' + b"a" * 300 + b'@b"}', "email"),
         (b'{"budget":1}', "budget"),
         (b'{"api_key":"gw_live_x"}', "api_key"),
@@ -281,6 +283,19 @@ async def test_a_body_that_is_too_large_is_refused_declared_or_not(plane):
     headers = {**ADMIN, "Content-Type": "application/json"}
     async with plane.client.post("/admin/users", data=chunks(), headers=headers) as answer:
         assert answer.status == 413
+
+
+async def test_a_body_that_is_declared_too_large_is_not_waited_for(plane):
+    head = (
+        "POST /admin/users HTTP/1.1\r\nHost: gw\r\nContent-Type: application/json\r\n"
+        f"Authorization: Bearer {ADMIN_KEY}\r\nContent-Length: 999999999999\r\n\r\n"
+    )
+    reader, writer = await asyncio.open_connection("127.0.0.1", plane.client.port)
+    writer.write(head.encode())
+    async with asyncio.timeout(5):
+        assert (await reader.readline()).startswith(b"HTTP/1.1 413")
+    writer.close()
+    await writer.wait_closed()
 
 
 @pytest.mark.parametrize(
