@@ -156,15 +156,23 @@ def say(words: str) -> None:
     print(words, file=sys.stderr, flush=True)
 
 
-def ready(player: Player) -> bool:
+def not_ready(player: Player) -> str:
+    """Why it cannot serve yet, or nothing once its health route answers 200."""
     connection = http.client.HTTPConnection("127.0.0.1", player.site.port, timeout=1)
     try:
         connection.request("GET", player.contestant.ready_path)
-        return connection.getresponse().status == 200
-    except OSError:
-        return False
+        status = connection.getresponse().status
+        return "" if status == 200 else f"{player.contestant.ready_path} answers {status}"
+    except (OSError, http.client.HTTPException) as error:
+        return f"{player.contestant.ready_path}: {type(error).__name__}"
     finally:
         connection.close()
+
+
+def last_words(log: Path) -> str:
+    """The last line a process printed, shortened: it goes into a sentence of the report."""
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1][:200] if lines else "it printed nothing"
 
 
 def _versions() -> dict[str, str]:
@@ -290,13 +298,14 @@ class Run:
                 cores=self._proxy_cores,
                 output=log,
             )
-            while not ready(player):
+            while why := not_ready(player):
                 if not player.alive:
-                    last = log.read_text(errors="replace").strip().splitlines()[-1:]
-                    raise ChildFailed(f"it ended at its start: {' '.join(last) or 'no word'}")
+                    raise ChildFailed(f"it ended at its start: {last_words(log)}")
                 if time.monotonic() - began > READY_WITHIN_S:
                     stop(player.child)
-                    raise ChildFailed(f"not ready within {READY_WITHIN_S:.0f} s")
+                    raise ChildFailed(
+                        f"not ready within {READY_WITHIN_S:.0f} s ({why}): {last_words(log)}"
+                    )
                 time.sleep(0.002)
             took_ms.append((time.monotonic() - began) * 1000)
 

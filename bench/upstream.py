@@ -86,7 +86,9 @@ class Stream:
         provider.write(_HEAD_SSE)
         self._send(wire.role_event(time.monotonic_ns()))
         if self._interval_s:
-            self._timer = self._loop.call_at(self._start + self._interval_s, self._tick)
+            # The first word follows the role at once, as providers send it: a proxy may hold the
+            # role back until it has seen a word, and a gap made up here would be on its bill.
+            self._tick()
         else:
             for index in range(self._n_events):
                 self._send(wire.word_event(index, time.monotonic_ns()))
@@ -107,7 +109,7 @@ class Stream:
         self._next += 1
         if self._next < self._n_events or self._provider.sent.held:
             # Counted from the start, so that a late tick is made up for and the rate holds.
-            due = self._start + (self._next + 1) * self._interval_s
+            due = self._start + self._next * self._interval_s
             self._timer = self._loop.call_at(due, self._tick)
         else:
             self._finish()

@@ -89,6 +89,11 @@ def files(path: Path) -> list[Path]:
     return sorted(path.parent.glob(path.name + "*"))
 
 
+async def opened(path: Path, migrations: list[Migration] | None = None) -> None:
+    """Open and close: a database that opens against all expectation is not left behind."""
+    await (await Database.open(path, migrations)).close()
+
+
 async def tables(database: Database) -> set[str]:
     return {row[0] for row in await database.read("SELECT name FROM sqlite_schema")}
 
@@ -132,7 +137,7 @@ async def test_nobody_else_may_read_any_of_its_files(path, mask):
 
 
 async def test_a_file_that_others_could_read_is_closed_to_them(path):
-    await (await Database.open(path)).close()
+    await opened(path)
     path.chmod(0o644)
     async with await Database.open(path) as database:
         await directory.insert(database, ORG)
@@ -154,12 +159,11 @@ async def test_the_connection_is_set_as_promised(path):
 
 
 async def test_a_second_opening_is_refused_until_the_first_is_closed(path):
-    first = await Database.open(path)
-    with pytest.raises(DatabaseInUse, match=f"in use by another process \\({os.getpid()}\\)"):
-        await Database.open(path)
-    await directory.insert(first, ORG)  # the refused one has not disturbed it
-    await first.close()
-    await first.close()  # harmless
+    async with await Database.open(path) as first:
+        with pytest.raises(DatabaseInUse, match=f"in use by another process \\({os.getpid()}\\)"):
+            await opened(path)
+        await directory.insert(first, ORG)  # the refused one has not disturbed it
+        await first.close()  # and a second closing, on leaving, does no harm
     async with await Database.open(path) as second:
         assert ORG in await directory.load(second)
 
@@ -195,21 +199,21 @@ async def test_two_processes_never_share_a_database(path):
         with start() as second:
             assert second.stdout.readline().startswith(f"refused: {path}: in use")
         with pytest.raises(DatabaseInUse, match=str(first.pid)):
-            await Database.open(path)
+            await opened(path)
         first.kill()
         first.wait()
     # The lock ends with its process, however that ended.
-    await (await Database.open(path)).close()
+    await opened(path)
 
 
 async def test_a_newer_schema_is_refused_and_left_alone(path):
-    await (await Database.open(path)).close()
+    await opened(path)
     with sqlite3.connect(path) as connection:
         connection.execute("PRAGMA user_version = 99")
     connection.close()
     before = path.read_bytes()
     with pytest.raises(DatabaseRefused, match=r"newer gwproxy .schema 99"):
-        await Database.open(path)
+        await opened(path)
     assert path.read_bytes() == before
 
 
@@ -218,13 +222,13 @@ async def test_the_database_of_another_program_is_refused(path):
         connection.execute("CREATE TABLE cookies (x)")
     connection.close()
     with pytest.raises(DatabaseRefused, match=r"another program.*'cookies'"):
-        await Database.open(path)
+        await opened(path)
 
 
 async def test_a_file_that_is_no_database_is_refused_with_the_cure(path):
     path.write_bytes(b"these are not the pages you are looking for" * 100)
     with pytest.raises(DatabaseRefused, match=r"not a database.*restore a backup"):
-        await Database.open(path)
+        await opened(path)
     assert path.read_bytes().startswith(b"these are not")
 
 
@@ -236,26 +240,26 @@ async def test_a_damaged_page_is_found_at_opening(path):
     assert len(pages) > 20 * 4096
     path.write_bytes(pages[: 15 * 4096] + b"\xa5" * 4096 + pages[16 * 4096 :])
     with pytest.raises(DatabaseRefused, match="restore a backup"):
-        await Database.open(path)
+        await opened(path)
 
 
 async def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(DatabaseRefused, match="no such folder"):
-        await Database.open(tmp_path / "missing" / "gwproxy.db")
+        await opened(tmp_path / "missing" / "gwproxy.db")
 
 
 async def test_a_folder_in_the_place_of_the_file_is_refused(path):
     path.mkdir()
     with pytest.raises(DatabaseRefused, match="directory"):
-        await Database.open(path)
+        await opened(path)
 
 
 async def test_a_refused_database_is_let_go(path):
     path.write_bytes(b"no" * 1000)
     with pytest.raises(DatabaseRefused):
-        await Database.open(path)
+        await opened(path)
     path.unlink()
-    await (await Database.open(path)).close()
+    await opened(path)
 
 
 # -- migrations ----------------------------------------------------------------------------------
@@ -274,8 +278,8 @@ async def test_migrations_run_in_order_and_only_once(path):
 
 
 async def test_the_old_schema_is_kept_beside_before_a_migration(path):
-    await (await Database.open(path, [ONE])).close()
-    await (await Database.open(path, [ONE, TWO])).close()
+    await opened(path, [ONE])
+    await opened(path, [ONE, TWO])
     copy = path.with_name("gwproxy.db.schema-1")
     assert mode(copy) == 0o600
     async with await Database.open(copy, [ONE]) as database:
@@ -283,12 +287,12 @@ async def test_the_old_schema_is_kept_beside_before_a_migration(path):
 
 
 async def test_a_migration_that_fails_leaves_the_schema_as_it_was(path):
-    await (await Database.open(path, [ONE])).close()
+    await opened(path, [ONE])
     with pytest.raises(DatabaseRefused, match="already exists"):
-        await Database.open(path, [ONE, BROKEN])
+        await opened(path, [ONE, BROKEN])
     async with await Database.open(path, [ONE]) as database:
         assert await tables(database) == {"one"}
-    await (await Database.open(path, [ONE, TWO])).close()
+    await opened(path, [ONE, TWO])
 
 
 def test_the_packaged_migrations_are_numbered_without_a_gap():

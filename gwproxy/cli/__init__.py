@@ -21,7 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for family in FAMILIES:
         importlib.import_module(f"gwproxy.cli.{family}").add_commands(commands)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if hasattr(args, "rest"):
+        args.rest = rest  # a command that reads the rest of its line itself
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         code = args.func(args)
     except KeyboardInterrupt:

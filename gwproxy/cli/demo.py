@@ -76,8 +76,7 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
         description="An upstream that speaks like an AI gateway, for trying things out.",
         add_help=False,
     )
-    upstream.add_argument("rest", nargs=argparse.REMAINDER)
-    upstream.set_defaults(func=run_upstream)
+    upstream.set_defaults(func=run_upstream, rest=())
 
 
 def run_upstream(args: argparse.Namespace) -> int:

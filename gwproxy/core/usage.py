@@ -1,15 +1,15 @@
 """Usage: what one answer consumed, in buckets that do not overlap. Pure: an object comes in as it
 was parsed, a value goes out, and whatever a provider may have sent, nothing is raised."""
 
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 MOST_TOKENS = 10**9
 """A larger count is a fault of the sender, not a usage: no model reads or writes that much."""
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(msgspec.Struct, frozen=True):
     """Tokens of one answer. The input buckets are disjoint; the output includes the reasoning."""
 
     input: int = 0
@@ -21,8 +21,10 @@ class Usage:
 
     def __post_init__(self) -> None:
         if (
-            min(self.input, self.cache_read, self.cache_write, self.reasoning) < 0
-            or self.reasoning > self.output
+            self.input < 0
+            or self.cache_read < 0
+            or self.cache_write < 0
+            or not 0 <= self.reasoning <= self.output
         ):
             raise ValueError(f"these buckets cannot be: {self}")
 
@@ -39,49 +41,51 @@ class Usage:
         """
         if not isinstance(reported, dict):
             return None
-        prompt = _count(reported.get("prompt_tokens"))
-        completion = _count(reported.get("completion_tokens"))
-        total = _count(reported.get("total_tokens"))
+        get = reported.get
+        prompt = _count(get("prompt_tokens"))
+        completion = _count(get("completion_tokens"))
+        total = _count(get("total_tokens"))
         if prompt is None:
             if completion is None or total is None or total < completion:
                 return None
             prompt = total - completion
+        spoken = completion or 0
         # Gemini and xAI leave reasoning out of completion_tokens but not out of total_tokens.
-        output = max(completion or 0, (total or 0) - prompt)
+        output = spoken
+        if total is not None and total - prompt > spoken:
+            output = total - prompt
 
-        prompt_details = _details(reported, "prompt_tokens_details")
-        cache_read = _first(
-            prompt_details.get("cached_tokens"),
-            reported.get("prompt_cache_hit_tokens"),  # DeepSeek
-            reported.get("cached_tokens"),
-            reported.get("cache_read_input_tokens"),
-        )
-        cache_write = _first(
-            prompt_details.get("cache_write_tokens"),
-            reported.get("cache_creation_input_tokens"),
-        )
-        cache_read = min(cache_read, prompt)
-        cache_write = min(cache_write, prompt - cache_read)
-        reasoning = _first(
-            _details(reported, "completion_tokens_details").get("reasoning_tokens"),
-            reported.get("reasoning_tokens"),
-        )
-        unspoken = output - (completion or 0) if completion is not None else 0
-        usage = cls(
-            input=prompt - cache_read - cache_write,
-            cache_read=cache_read,
-            cache_write=cache_write,
-            output=output,
-            reasoning=min(max(reasoning, unspoken), output),
-        )
-        assert usage.input_total == prompt, "the input buckets add up to the prompt"
-        return usage
+        details = get("prompt_tokens_details")
+        inner = details.get if type(details) is dict else _nothing
+        read = _count(inner("cached_tokens"))
+        if read is None:
+            read = _first(
+                get("prompt_cache_hit_tokens"),  # DeepSeek
+                get("cached_tokens"),
+                get("cache_read_input_tokens"),
+            )
+        write = _count(inner("cache_write_tokens"))
+        if write is None:
+            write = _first(get("cache_creation_input_tokens"))
+        if read > prompt:
+            read = prompt
+        if write > prompt - read:
+            write = prompt - read
+
+        details = get("completion_tokens_details")
+        inner = details.get if type(details) is dict else _nothing
+        reasoning = _count(inner("reasoning_tokens"))
+        if reasoning is None:
+            reasoning = _first(get("reasoning_tokens"))
+        if completion is not None and reasoning < output - completion:
+            reasoning = output - completion
+        return cls(prompt - read - write, read, write, output, min(reasoning, output))
 
 
 def _count(value: Any) -> int | None:
-    if isinstance(value, float) and value.is_integer():
+    if type(value) is float and value.is_integer():
         value = int(value)  # some servers write 12.0
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_TOKENS:
+    if type(value) is int and 0 <= value <= MOST_TOKENS:
         return value
     return None
 
@@ -89,12 +93,12 @@ def _count(value: Any) -> int | None:
 def _first(*values: Any) -> int:
     """The first that is a count, else 0."""
     for value in values:
-        count = _count(value)
-        if count is not None:
-            return count
+        if value is not None:
+            count = _count(value)
+            if count is not None:
+                return count
     return 0
 
 
-def _details(reported: dict[Any, Any], name: str) -> dict[Any, Any]:
-    details = reported.get(name)
-    return details if isinstance(details, dict) else {}
+def _nothing(name: str) -> None:
+    """The look-up in details that are not there."""

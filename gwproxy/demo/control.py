@@ -1,5 +1,5 @@
-"""The control API under /_demo/: scripts in, record and requests out. Loopback only, and not for web
-pages: a browser names an origin, and a request that names one is refused.
+"""The control API under /_demo/: scripts in, record and requests out. Loopback only, and not for
+web pages: a browser names an origin, and a request that names one is refused.
 """
 
 import ipaddress

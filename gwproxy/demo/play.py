@@ -1,5 +1,5 @@
-"""How one answer is played onto a connection: whole, in events, from a script, or as a refusal, with
-the faults that were asked for. What went out is noted as it goes.
+"""How one answer is played onto a connection: whole, in events, from a script, or as a refusal,
+with the faults that were asked for. What went out is noted as it goes.
 """
 
 import asyncio

@@ -1,5 +1,5 @@
-"""How each provider dresses an answer: its chunks, its usage object and its oddities, as a gateway's
-OpenAI-compatible endpoint lets them through. Pure.
+"""How each provider dresses an answer: its chunks, its usage object and its oddities, as a
+gateway's OpenAI-compatible endpoint lets them through. Pure.
 """
 
 import re

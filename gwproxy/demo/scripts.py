@@ -62,8 +62,9 @@ class Script:
         return "text/html" if start == b"<" else "text/event-stream"
 
 
-_KEYS: Final = frozenset(
-    "model provider count fault status headers writes framing end delay_ms usage tokens".split()
+_WHICH: Final = frozenset({"model", "provider", "count"})
+_WHAT: Final = frozenset(
+    {"fault", "status", "headers", "writes", "framing", "end", "delay_ms", "usage", "tokens"}
 )
 
 
@@ -102,7 +103,7 @@ class Scripts:
 
 
 def _read(number: int, wish: Mapping[str, Any]) -> Script:
-    if unknown := set(wish) - _KEYS:
+    if unknown := set(wish) - _WHICH - _WHAT:
         raise ScriptError(f"a script has no {sorted(unknown)[0]!r}")
     count = wish.get("count", 1)
     if not isinstance(count, int) or count < 0:
@@ -137,6 +138,8 @@ def _write(wish: Any) -> Write:
         return Write(wish)
     if isinstance(wish, str):
         return Write(wish.encode())
+    if not isinstance(wish, Mapping):
+        raise TypeError("a write is a text or an object")
     delay_ms = float(wish.get("delay_ms", 0))
     if "base64" in wish:
         return Write(base64.b64decode(wish["base64"], validate=True), delay_ms)

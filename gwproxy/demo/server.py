@@ -33,7 +33,7 @@ from .wire import ClientLeft, Spoken, Wire
 
 _BODY_LIMIT_BYTES: Final = 64 << 20
 _STOP_WITHIN_S: Final = 1.0
-_UNASKED: Final = b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nunasked-"
+_UNASKED: Final = b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nunasked-\n"
 _DYNAMIC: Final = ("openai", "gpt-4o-mini")
 _MODELS: Final = {
     "openai": ("gpt-4o-mini", "gpt-5-mini", "o3"),
@@ -74,10 +74,10 @@ class DemoUpstream:
         self._books = Books(record_file)
         self._ssl = ssl_context
         self._keepalive_s = keepalive_s
-        self._server: web.Server[web.BaseRequest] | None = None
+        self._server: web.Server | None = None
         self._listener: asyncio.Server | None = None
         self._wires: set[Wire] = set()
-        self._carried: dict[RequestHandler[web.BaseRequest], int] = {}
+        self._carried: dict[RequestHandler, int] = {}
         self._uses: dict[str, int] = {}
         self._numbers = count(1)
         self._stopping = False
@@ -130,7 +130,7 @@ class DemoUpstream:
         def make_request(
             message: RawRequestMessage,
             payload: StreamReader,
-            protocol: RequestHandler[web.BaseRequest],
+            protocol: RequestHandler,
             writer: AbstractStreamWriter,
             task: "asyncio.Task[None]",
         ) -> web.BaseRequest:
@@ -158,6 +158,7 @@ class DemoUpstream:
             # A stalled answer would sit out any grace period: its connection goes first.
             for wire in list(self._wires):
                 wire.abort()
+            self._server.pre_shutdown()
             await self._server.shutdown(_STOP_WITHIN_S)
             await self._listener.wait_closed()
             self._listener = self._server = None
@@ -289,9 +290,8 @@ class DemoUpstream:
             if script is not None and script.faults is not None:
                 faults = Faults(faults | script.faults)
         except UnknownFault as unknown:
-            message = str(unknown)
-            refusal = refusals.openai(400, message, "model", "demo_unknown_fault")
-            await play.refuse(wire, served, refusal, edge)
+            wrong = refusals.openai(400, str(unknown), "model", "demo_unknown_fault")
+            await play.refuse(wire, served, wrong, edge)
             return
         manners = _provider(flavour, prefix, rest, name)
         # In the OpenAI flavour a slash may be part of the model's own name.
@@ -361,10 +361,13 @@ class DemoUpstream:
         if "echo-token" in faults and not later:
             return refusals.provider(slug, 401, ask.note)
         authorization = ask.headers.get("authorization")
-        if ask.flavour is Flavour.COMPAT and authorization is not None:
-            # Whatever comes in this header goes on to the provider, which knows its own keys only.
-            if authorization.removeprefix("Bearer ") not in self._provider_keys:
-                return refusals.provider(slug, 401)
+        # Whatever comes in this header goes on to the provider, which knows its own keys only.
+        if (
+            ask.flavour is Flavour.COMPAT
+            and authorization is not None
+            and authorization.removeprefix("Bearer ") not in self._provider_keys
+        ):
+            return refusals.provider(slug, 401)
         complaint = providers.complaint(ask.manners, ask.model, ask.body)
         if complaint is not None:
             return refusals.openai(400, *complaint)

@@ -10,20 +10,24 @@ vocabulary agrees with the usage reported here.
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-_OPENERS: Final = "The A Every This Our One Some That What Each".split()
-_WORDS: Final = (
-    "stream token answer river light budget paper garden window letter morning careful simple "
-    "steady quiet number measure balance engine signal ocean golden honest message gently under "
-    "over between because quickly every little great small money slowly proxy model cloud gateway "
-    "history future question reason together water stone table music summer winter across coffee "
-    "bridge market forest silver always never often without through before after around "
-    # One in seven or so is not ASCII, so that characters of two and three bytes cross every cut.
-    "café für über está também déjà größer señor mañana первый года человек мир 世界 数据 東京 한국 שלום"
-).split()
+_OPENERS: Final = ("The", "A", "Every", "This", "Our", "One", "Some", "That", "What", "Each")
+_PLAIN: Final = """
+    stream token answer river light budget paper garden window letter morning careful simple
+    steady quiet number measure balance engine signal ocean golden honest message gently under
+    over between because quickly every little great small money slowly proxy model cloud gateway
+    history future question reason together water stone table music summer winter across coffee
+    bridge market forest silver always never often without through before after around
+"""
+# Characters of two and three bytes, so that a cut can fall inside one anywhere.
+_FOREIGN: Final = """
+    café für über está também déjà größer señor mañana первый года человек мир
+    世界 数据 東京 한국 שלום
+"""
+_WORDS: Final = tuple(f"{_PLAIN} {_FOREIGN}".split())
 _PIECE: Final = re.compile(r"\s*(?:\w+|[^\w\s]+)|\s+")
 
 _BURST: Final = " river"
@@ -42,16 +46,15 @@ def prompt_tokens(body: Mapping[str, Any]) -> int:
     """Pieces of all messages and tools, 3 a message for its frame and 100 for a part that is not
     text."""
     total = _MESSAGE_OVERHEAD
-    messages = body.get("messages")
-    for message in messages if isinstance(messages, list) else ():
+    for message in _list(body.get("messages")):
         total += _MESSAGE_OVERHEAD
         if not isinstance(message, dict):
             continue
         content = message.get("content")
         if isinstance(content, str):
             total += len(pieces(content))
-        elif isinstance(content, list):
-            for part in content:
+        else:
+            for part in _list(content):
                 text = part.get("text") if isinstance(part, dict) else None
                 total += len(pieces(text)) if isinstance(text, str) else _ATTACHMENT_TOKENS
     if body.get("tools"):
@@ -60,15 +63,13 @@ def prompt_tokens(body: Mapping[str, Any]) -> int:
 
 
 def last_user_text(body: Mapping[str, Any]) -> str:
-    messages = body.get("messages")
-    for message in reversed(messages if isinstance(messages, list) else ()):
+    for message in reversed(_list(body.get("messages"))):
         if isinstance(message, dict) and message.get("role") == "user":
             content = message.get("content")
             if isinstance(content, str):
                 return content
-            if isinstance(content, list):
-                parts = (part.get("text") for part in content if isinstance(part, dict))
-                return "".join(part for part in parts if isinstance(part, str))
+            parts = (part.get("text") for part in _list(content) if isinstance(part, dict))
+            return "".join(part for part in parts if isinstance(part, str))
     return ""
 
 
@@ -209,7 +210,7 @@ def _call(model: str, body: Mapping[str, Any]) -> tuple[Call, Mapping[str, Any]]
     tools, choice = body.get("tools"), body.get("tool_choice")
     functions = [
         tool["function"]
-        for tool in (tools if isinstance(tools, list) else ())
+        for tool in _list(tools)
         if isinstance(tool, dict) and isinstance(tool.get("function"), dict)
     ]
     if not functions or choice == "none":
@@ -241,3 +242,7 @@ def _argument_pieces(schema: Mapping[str, Any], seed: bytes) -> list[str]:
                 arguments[name] = "".join(prose(seed, 3))
     text = json.dumps(arguments, ensure_ascii=False)
     return [text[i : i + _ARGUMENT_PIECE] for i in range(0, len(text), _ARGUMENT_PIECE)]
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []

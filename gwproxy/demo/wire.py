@@ -67,7 +67,7 @@ class Wire:
         self._transport = transport
         self._writer = request.writer
         self._framing = Framing.LENGTH
-        self._deflate: "zlib._Compress | None" = None
+        self._deflate: zlib._Compress | None = None
         self.reusable = request.keep_alive
         self.http_1_1 = request.version >= (1, 1)
         self.piece_bytes = 0
