@@ -21,6 +21,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from gwproxy import __version__
+from gwproxy.core.trace import TOKEN_KINDS
 
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 
@@ -28,6 +29,9 @@ OTHER: Final = "other"
 
 MODEL_LABELS: Final = 200
 """Distinct model labels. The price table knows thousands; each one is rows in every scrape."""
+
+_REMEMBERED: Final = 4096
+"""Combinations kept for a quick look-up. A caller has a say in them, so they are bounded."""
 
 _OVERHEAD_S: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
 _UPSTREAM_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -118,6 +122,7 @@ class Metrics(Collector):
         self._families: list[Family[Count] | Family[Spread]] = []
         self._gauges: set[str] = set()
         self._per_request: dict[tuple[str, str, str, int, str], Count] = {}
+        self._per_settlement: dict[tuple[str, str, str], tuple[tuple[Count, ...], Count]] = {}
 
         self._requests = self._counter(
             "gwproxy_requests_total",
@@ -202,19 +207,30 @@ class Metrics(Collector):
                 f"{status // 100}xx",
                 error_type,
             )
-            # A caller has a say in the model: what is kept beside the family is bounded.
-            if len(self._per_request) < 4096:
+            if len(self._per_request) < _REMEMBERED:
                 self._per_request[key] = found
         return found
 
     def ttfb(self, provider: str) -> Spread:
         return self._ttfb.child(self._provider(provider))
 
-    def tokens(self, provider: str, model: str, kind: str, source: str) -> Count:
-        return self._tokens.child(self._provider(provider), self._model(model), kind, source)
-
-    def cost(self, provider: str, model: str) -> Count:
-        return self._cost.child(self._provider(provider), self._model(model))
+    def settled(
+        self, provider: str, model: str, source: str, tokens: Sequence[int], usd: float
+    ) -> None:
+        """What one request consumed: tokens in the order of `TOKEN_KINDS`, and its cost."""
+        key = (provider, model, source)
+        found = self._per_settlement.get(key)
+        if found is None:
+            labels = self._provider(provider), self._model(model)
+            kinds = tuple(self._tokens.child(*labels, kind, source) for kind in TOKEN_KINDS)
+            found = kinds, self._cost.child(*labels)
+            if len(self._per_settlement) < _REMEMBERED:
+                self._per_settlement[key] = found
+        counts, cost = found
+        for count, number in zip(counts, tokens, strict=True):
+            if number:
+                count.value += number
+        cost.value += usd
 
     def settlement(self, outcome: str) -> Count:
         return self._settlements.child(outcome)

@@ -66,10 +66,16 @@ class Router:
         for route in self.routes:
             table = patterns if "{" in route.path else self._exact
             table.setdefault(route.path, {})[route.method] = route
+        for methods in (*self._exact.values(), *patterns.values()):
+            if "GET" in methods:
+                # RFC 9110, 9.3.2: the same answer; aiohttp leaves its body out.
+                methods.setdefault("HEAD", methods["GET"])
         self._patterns = [(_compile(path), methods) for path, methods in patterns.items()]
 
     def find(self, method: str, path: str) -> tuple[Route, dict[str, str]]:
-        """The route and its parameters; NotFound or MethodNotAllowed."""
+        """The route of a path as it was sent, and its parameters; NotFound or MethodNotAllowed."""
+        if "?" in path:
+            path = path.partition("?")[0]
         methods = self._exact.get(path)
         parameters: dict[str, str] = {}
         if methods is None:
@@ -83,7 +89,6 @@ class Router:
                 raise NotFound("There is no such route. The API lives under /v1.")
         route = methods.get(method)
         if route is None:
-            # Whoever may not use a path does not learn its methods either.
             guard = next(iter(methods.values())).guard
             raise _WrongMethod(", ".join(sorted(methods)), guard)
         return route, parameters
@@ -133,11 +138,34 @@ class Front:
         trace = Trace(self._request_ids(), self._clock())
         self._open_requests += 1
         try:
-            response = await self._answer(request, trace)
+            self._check_framing(request)
+            route, parameters = self.router.find(request.method, request.raw_path)
+            trace.route = route.name
+            if route.guard is not None:
+                route.guard(request)
+            if route.traced:
+                if self._draining:
+                    raise Draining("This gateway is shutting down.", retry_after_s=1, close=True)
+                response = await route.handler(request, trace, **parameters)
+            else:
+                response = await route.handler(request, **parameters)
+                response.headers["Server"] = SERVER
+                response.headers["x-request-id"] = trace.request_id
             trace.status = response.status
             return response
+        except _WrongMethod as error:
+            # Whoever may not use a path does not learn its methods either.
+            try:
+                if error.guard is not None:
+                    error.guard(request)
+            except GatewayError as refused:
+                return self._refuse(request, trace, refused)
+            return self._refuse(request, trace, error)
         except GatewayError as error:
             return self._refuse(request, trace, error)
+        except web.RequestPayloadError:
+            broken = BadRequest("The body's framing is broken.", close=True)
+            return self._refuse(request, trace, broken)
         except ConnectionError:
             trace.status, trace.error_type = 499, "caller_cancelled"
             raise
@@ -172,41 +200,26 @@ class Front:
         """Wait until nothing is open any more."""
         await self._idle.wait()
 
-    async def _answer(self, request: web.BaseRequest, trace: Trace) -> web.StreamResponse:
-        self._check_framing(request)
-        path = request.raw_path.partition("?")[0]
-        try:
-            route, parameters = self.router.find(request.method, path)
-        except _WrongMethod as wrong:
-            if wrong.guard is not None:
-                wrong.guard(request)
-            raise
-        trace.route = route.name
-        if route.guard is not None:
-            route.guard(request)
-        if route.traced:
-            if self._draining:
-                raise Draining("This gateway is shutting down.", retry_after_s=1, close=True)
-            return await route.handler(request, trace, **parameters)
-        response = await route.handler(request, **parameters)
-        if not response.prepared:
-            response.headers["Server"] = SERVER
-            response.headers["x-request-id"] = trace.request_id
-        return response
-
     def _check_framing(self, request: web.BaseRequest) -> None:
         """What aiohttp's parser accepts and a proxy must not."""
         version = request.version
         if version != (1, 1) and version != (1, 0):
+            request._version = HttpVersion11  # an answer's first line says what we speak
             raise BadRequest("HTTP/1.1 or HTTP/1.0, please.", status=505, close=True)
         headers = request.headers
         encoding = headers.get("Transfer-Encoding")
         if encoding is not None and (encoding.lower() != "chunked" or version == (1, 0)):
             raise BadRequest("Transfer-Encoding may only be chunked.", status=501, close=True)
-        if "Upgrade" in headers and request._message.upgrade:
+        if request._message.upgrade and ("Upgrade" in headers or request.method == "CONNECT"):
+            # What follows such a request may belong to another protocol: it is never parsed.
             raise BadRequest("This server speaks HTTP/1.1 alone.", close=True)
-        size = len(b"".join(map(b"".join, request.raw_headers)))
-        if size > self._max_header_bytes:
+        protocol = request.protocol
+        assert isinstance(protocol, ListenerProtocol)
+        if protocol.largest_head <= self._max_header_bytes:
+            return
+        if sum(len(name) + len(value) for name, value in request.raw_headers) > (
+            self._max_header_bytes
+        ):
             raise RequestTooLarge(
                 f"The headers are larger than {self._max_header_bytes} bytes.",
                 status=431,
@@ -340,12 +353,15 @@ _BUSY: Final = orjson.dumps(GatewayError("Too many connections.", code="overload
 class ListenerProtocol(web.RequestHandler):
     """One client's connection."""
 
-    __slots__ = ("head_since", "turned_away")
+    __slots__ = ("_since_head", "head_since", "largest_head", "turned_away")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.head_since = 0.0
         """When the head under way began to come; 0 while none is."""
+        self.largest_head = 0
+        """No head on this connection was larger; with bodies in the count, it may be far less."""
+        self._since_head = 0
         self.turned_away = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -362,10 +378,13 @@ class ListenerProtocol(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         before = self._request_count
+        self._since_head += len(data)
         super().data_received(data)
-        if self._request_count != before or self._current_request is not None:
+        if self._request_count != before:
+            self.largest_head = max(self.largest_head, self._since_head)
+            self._since_head = len(data)  # the next head may have begun in this very piece
             self.head_since = 0.0
-        elif not self.head_since:
+        elif self._current_request is None and not self.head_since:
             self.head_since = self._loop.time()
 
     def resume_reading(self, resume_parser: bool = True) -> None:

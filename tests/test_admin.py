@@ -698,6 +698,24 @@ def test_the_table_of_guessers_is_bounded_and_forgets_the_oldest():
     assert attempt(auth, "192.0.2.1") == 401
 
 
+def test_an_address_that_fails_anew_is_not_the_oldest_any_more():
+    now = [0.0]
+    auth = AdminAuth(ADMIN_KEY, lambda: now[0])
+    attempt(auth, "192.0.2.1")
+    attempt(auth, "192.0.2.2")
+    now[0] = 61.0
+    attempt(auth, "192.0.2.1")
+    assert [*auth._failures] == ["192.0.2.2", "192.0.2.1"]
+
+
+def test_whoever_goes_on_guessing_is_stopped_again():
+    now = [0.0]
+    auth = AdminAuth(ADMIN_KEY, lambda: now[0])
+    for minute in range(5):
+        now[0] = minute * 60.0
+        assert [attempt(auth, "192.0.2.1") for _ in range(12)] == [401] * 10 + [429] * 2
+
+
 def test_failures_spread_over_time_stop_nobody():
     now = [0.0]
     auth = AdminAuth(ADMIN_KEY, lambda: now[0])
@@ -783,6 +801,18 @@ async def test_a_client_that_leaves_in_mid_change_leaves_memory_and_storage_alik
     stored = await reopened(plane)
     assert list(stored.users_after("")) == list(plane.keyring.users_after(""))
     assert len(list(stored.users_after(""))) > 1
+
+
+async def test_changes_at_once_are_made_one_after_the_other(plane):
+    await plane.directory.create_user(user_id="ann")
+    await asyncio.gather(
+        *(
+            plane.directory.set_user_status("ann", status)
+            for status in (Status.SUSPENDED, Status.ACTIVE) * 10
+        )
+    )
+    assert plane.keyring.user("ann").version == 21
+    assert (await reopened(plane)).user("ann") == plane.keyring.user("ann")
 
 
 async def test_the_last_use_survives_a_restart_once_it_is_flushed(plane):

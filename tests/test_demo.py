@@ -849,8 +849,10 @@ async def test_each_event_is_one_segment(client: Client) -> None:
     transport.write(request_bytes(client.demo, body))
     await ended.wait()
     transport.close()
-    assert parts[0].endswith(b"\r\n\r\n")
+    # The first event may be read together with the head: there is no pause between the two.
     assert all(part.count(b"data: ") == 1 for part in parts[1:])
+    assert parts[0].count(b"data: ") <= 1
+    assert len(parts) > 20
 
 
 async def test_a_client_of_http_1_0_gets_no_chunks(client: Client) -> None:

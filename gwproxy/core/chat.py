@@ -181,6 +181,8 @@ def _count(body: Mapping[str, Any], name: str, least: int, most: int) -> int | N
 
 
 def _maximum(body: Mapping[str, Any]) -> int | None:
+    if "max_tokens" not in body and "max_completion_tokens" not in body:
+        return None
     old = _count(body, "max_tokens", 1, MAX_TOKENS_LIMIT)
     new = _count(body, "max_completion_tokens", 1, MAX_TOKENS_LIMIT)
     if old is not None and new is not None and old != new:

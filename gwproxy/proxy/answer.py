@@ -5,7 +5,6 @@ are kept for the routes where that does not matter.
 """
 
 import time
-from collections.abc import Mapping
 from email.utils import formatdate
 from typing import Final
 
@@ -33,19 +32,22 @@ class Answer(web.StreamResponse):
         self.in_chunks = False
 
     @classmethod
-    def whole(cls, request: web.BaseRequest, headers: Mapping[str, str], body: bytes) -> "Answer":
+    def whole(cls, request: web.BaseRequest, fields: str, body: bytes) -> "Answer":
+        """`fields` are header lines, each with its CR LF."""
         answer = cls(request)
-        answer._unsent = answer._head(request, headers, len(body)) + body
+        answer._unsent = answer._head(request, f"{fields}Content-Length: {len(body)}\r\n") + body
         return answer
 
     @classmethod
-    def stream(cls, request: web.BaseRequest, headers: Mapping[str, str]) -> "Answer":
+    def stream(cls, request: web.BaseRequest, fields: str) -> "Answer":
         answer = cls(request)
         answer.in_chunks = request.version >= (1, 1)
-        if not answer.in_chunks:
+        if answer.in_chunks:
+            fields += "Transfer-Encoding: chunked\r\n"
+        else:
             # HTTP/1.0 knows no chunks: the body ends with the connection.
             answer.keep_alive = False
-        answer._unsent = answer._head(request, headers, None)
+        answer._unsent = answer._head(request, fields)
         answer._send(request)
         return answer
 
@@ -75,21 +77,13 @@ class Answer(web.StreamResponse):
         transport.write(self._unsent)
         self._unsent = b""
 
-    def _head(
-        self, request: web.BaseRequest, headers: Mapping[str, str], length: int | None
-    ) -> bytes:
-        lines = [f"HTTP/1.1 200 OK\r\nServer: {SERVER}\r\nDate: {_date()}\r\n"]
-        lines += [f"{name}: {value}\r\n" for name, value in headers.items()]
-        if length is not None:
-            lines.append(f"Content-Length: {length}\r\n")
-        elif self.in_chunks:
-            lines.append("Transfer-Encoding: chunked\r\n")
+    def _head(self, request: web.BaseRequest, fields: str) -> bytes:
         if not self.keep_alive:
-            lines.append("Connection: close\r\n")
+            fields += "Connection: close\r\n"
         elif request.version < (1, 1):
-            lines.append("Connection: keep-alive\r\n")
-        lines.append("\r\n")
-        return "".join(lines).encode("latin-1")
+            fields += "Connection: keep-alive\r\n"
+        head = f"HTTP/1.1 200 OK\r\nServer: {SERVER}\r\nDate: {_date()}\r\n{fields}\r\n"
+        return head.encode("latin-1")
 
 
 _second = 0

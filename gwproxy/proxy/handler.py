@@ -5,6 +5,7 @@ authenticate, parse, quote, reserve, send, relay, settle.
 import functools
 import random
 from collections.abc import Callable
+from typing import Final
 
 from aiohttp import web
 
@@ -22,6 +23,15 @@ from gwproxy.proxy.relay import Relay
 from gwproxy.proxy.reply import Reply
 from gwproxy.state.books import Books, Outcome, Quote, Reservation
 from gwproxy.state.keyring import Keyring
+
+_JSON: Final = "Content-Type: application/json\r\n"
+
+# nginx in front of us would collect events into blocks.
+_STREAM: Final = (
+    "Content-Type: text/event-stream; charset=utf-8\r\n"
+    "Cache-Control: no-cache\r\n"
+    "X-Accel-Buffering: no\r\n"
+)
 
 
 class ChatHandler:
@@ -77,40 +87,37 @@ class ChatHandler:
         self, request: web.BaseRequest, reply: Reply, reservation: Reservation, trace: Trace
     ) -> web.StreamResponse:
         self._metrics.ttfb(trace.provider).observe(reply.first_byte_at - reply.sent_at)
-        headers = passed_on(reply.headers)
-        headers["x-request-id"] = trace.request_id
-        headers["x-gateway-provider"] = trace.provider
-        headers["x-gateway-mode"] = "normal"
         ours_ms = (reply.sent_at - trace.started) * 1000
-        theirs_ms = (max(reply.first_byte_at, reply.sent_at) - reply.sent_at) * 1000
-        headers["Server-Timing"] = f"gw;dur={ours_ms:.2f}, up;dur={theirs_ms:.1f}"
-        chat = reservation.quote.chat
-        if reply.events is None and not chat.stream:
-            headers["Content-Type"] = "application/json"
+        theirs_ms = max(0.0, reply.first_byte_at - reply.sent_at) * 1000
+        fields = (
+            f"x-request-id: {trace.request_id}\r\n"
+            f"x-gateway-provider: {trace.provider}\r\n"
+            "x-gateway-mode: normal\r\n"
+            f"Server-Timing: gw;dur={ours_ms:.2f}, up;dur={theirs_ms:.1f}\r\n"
+        )
+        for name, value in passed_on(reply.headers).items():
+            fields += f"{name}: {value}\r\n"
+        if reply.events is None and not trace.stream:
             reservation.settle()
-            return Answer.whole(request, headers, reply.whole)
-
-        headers["Cache-Control"] = "no-cache"
-        # nginx in front of us would collect events into blocks.
-        headers["X-Accel-Buffering"] = "no"
-        headers["Content-Type"] = reply.headers.get("content-type", "text/event-stream")
+            return Answer.whole(request, fields + _JSON, reply.whole)
+        fields += _STREAM
         if reply.events is None:
-            headers["Content-Type"] = "text/event-stream; charset=utf-8"
             reservation.settle()
+            chat = reservation.quote.chat
             body = as_stream(reply.answer, include_usage=chat.include_usage)
-            return Answer.whole(request, headers, body)
-        return await self._relay_events(request, reply, reservation, headers)
+            return Answer.whole(request, fields, body)
+        return await self._relay_events(request, reply, reservation, fields)
 
     async def _relay_events(
         self,
         request: web.BaseRequest,
         reply: Reply,
         reservation: Reservation,
-        headers: dict[str, str],
+        fields: str,
     ) -> web.StreamResponse:
         assert reply.events is not None
         dispatch = self._dispatch
-        answer = Answer.stream(request, headers)
+        answer = Answer.stream(request, fields)
         relay = Relay(
             dispatch.loop,
             dispatch.now,

@@ -20,7 +20,7 @@ from gwproxy.core.money import NANOS_PER_USD, Nanos
 from gwproxy.core.pricing import PriceBook, Rate
 from gwproxy.core.routing import Candidate
 from gwproxy.core.tokens import family_factor, scale
-from gwproxy.core.trace import TOKEN_KINDS, Trace
+from gwproxy.core.trace import Trace
 from gwproxy.core.usage import Usage
 from gwproxy.metrics import Metrics
 
@@ -85,7 +85,7 @@ class Reservation:
         self._settled = False
         self.quote = quote
         self.trace = trace
-        self.meter = Meter(books.count)
+        self.meter: Meter | None = None
         self.outcome: Outcome | None = None
 
     async def __aenter__(self) -> Self:
@@ -108,8 +108,8 @@ class Reservation:
         """A new attempt begins, with a meter of its own."""
         self._priced = priced
         self._stage = _Stage.NOT_SENT
-        self.meter = Meter(self._books.count)
-        return self.meter
+        meter = self.meter = Meter(self._books.count)
+        return meter
 
     def sent(self) -> None:
         """The attempt's bytes are leaving: from here on the upstream may bill."""
@@ -148,7 +148,7 @@ class Reservation:
             answered = self._stage is _Stage.ANSWERING
             outcome = Outcome.COMPLETED if answered else Outcome.FAILED
         trace.outcome = outcome
-        trace.source = source if cost or usage.input_total or usage.output else ""
+        trace.source = source if cost or usage.input or usage.output else ""
         trace.cost_nanos = cost
         trace.price_version = self.quote.price_version
         trace.tokens = (
@@ -162,15 +162,15 @@ class Reservation:
         metrics.holds_open.value -= 1
         metrics.settlement(outcome).value += 1
         if trace.source and priced is not None:
-            provider, model = priced.candidate.provider.name, priced.candidate.model
-            for kind, tokens in zip(TOKEN_KINDS, trace.tokens, strict=True):
-                if tokens:
-                    metrics.tokens(provider, model, kind, source).value += tokens
-            metrics.cost(provider, model).value += cost / NANOS_PER_USD
+            candidate = priced.candidate
+            metrics.settled(
+                candidate.provider.name, candidate.model, source, trace.tokens, cost / NANOS_PER_USD
+            )
 
     def _measure(self) -> tuple[Usage, str]:
         """The tokens of the attempt under way, and who says so."""
         meter = self.meter
+        assert meter is not None, "an attempt that was sent has a meter"
         reported = meter.usage
         if reported is not None and self.outcome in (None, Outcome.COMPLETED):
             return reported, "provider"

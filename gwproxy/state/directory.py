@@ -92,14 +92,14 @@ class Directory:
                 created_at=int(self._now()),
             )
 
-        return await asyncio.shield(self._create(decide))
+        return await self._create(decide)
 
     async def set_organization_status(self, org_id: str, status: Status) -> Organization:
         def decide() -> Organization:
             row = self.organization(org_id)
             return replace(row, status=status, version=row.version + 1)
 
-        return await asyncio.shield(self._change(decide, restricts=status is Status.SUSPENDED))
+        return await self._change(decide, restricts=status is Status.SUSPENDED)
 
     def organization(self, org_id: str) -> Organization:
         row = self.keyring.organization(org_id)
@@ -141,14 +141,14 @@ class Directory:
                 created_at=int(self._now()),
             )
 
-        return await asyncio.shield(self._create(decide))
+        return await self._create(decide)
 
     async def set_user_status(self, user_id: str, status: Status) -> User:
         def decide() -> User:
             row = self.user(user_id)
             return replace(row, status=status, version=row.version + 1)
 
-        return await asyncio.shield(self._change(decide, restricts=status is Status.SUSPENDED))
+        return await self._change(decide, restricts=status is Status.SUSPENDED)
 
     def user(self, user_id: str) -> User:
         row = self.keyring.user(user_id)
@@ -194,7 +194,7 @@ class Directory:
                 expires_at=expires_at,
             )
 
-        return await asyncio.shield(self._create(decide)), text
+        return await self._create(decide), text
 
     async def revoke_key(self, user_id: str, key_id: str) -> ApiKey:
         """Refuse the key from the next request on; NotFound when it is not this user's, or gone."""
@@ -209,7 +209,7 @@ class Directory:
                 raise NotFound("This user has no key with this id.")
             return replace(row, revoked_at=int(self._now()), version=row.version + 1)
 
-        return await asyncio.shield(self._change(decide, restricts=True))
+        return await self._change(decide, restricts=True)
 
     # -- now and then ----------------------------------------------------------------------------
 
@@ -224,36 +224,44 @@ class Directory:
 
     # -- the one way -----------------------------------------------------------------------------
     #
-    # Every public method shields what follows from the cancellation of its caller: a client that
-    # leaves between the commit and its application would leave memory and storage apart.
+    # Both are shielded from the cancellation of their caller: a client that leaves between the
+    # commit and its application would leave memory and storage apart.
 
     async def _create(self, decide: Callable[[], Row]) -> Row:
-        async with self._changing:
-            row = decide()
-            await self._store_owed()
-            await storage.insert(self._database, row)
-            self.keyring.apply(row)
-            return row
+        async def create() -> Row:
+            async with self._changing:
+                row = decide()
+                await self._store_owed()
+                await storage.insert(self._database, row)
+                self.keyring.apply(row)
+                return row
+
+        return await asyncio.shield(create())
 
     async def _change(self, decide: Callable[[], Row], *, restricts: bool) -> Row:
-        async with self._changing:
-            row = decide()
-            if restricts:
-                self.keyring.apply(row)
-                self._owed[_id(row)] = row
-                try:
+        async def change() -> Row:
+            async with self._changing:
+                row = decide()
+                if restricts:
+                    await self._apply_and_store(row)
+                else:
                     await self._store_owed()
-                except StorageUnavailable as error:
-                    raise StorageUnavailable(
-                        "In force at once, but not stored: it would be undone by a restart. "
-                        "Send it again.",
-                        retry_after_s=error.retry_after_s,
-                    ) from error
-            else:
-                await self._store_owed()
-                await storage.update(self._database, row)
-                self.keyring.apply(row)
-            return row
+                    await storage.update(self._database, row)
+                    self.keyring.apply(row)
+                return row
+
+        return await asyncio.shield(change())
+
+    async def _apply_and_store(self, row: Change) -> None:
+        self.keyring.apply(row)
+        self._owed[_id(row)] = row
+        try:
+            await self._store_owed()
+        except StorageUnavailable as error:
+            raise StorageUnavailable(
+                "In force at once, but not stored: it would be undone by a restart. Send it again.",
+                retry_after_s=error.retry_after_s,
+            ) from error
 
     async def _store_owed(self) -> None:
         """Restrictions that could not be stored go first: a later row builds on their version."""

@@ -132,10 +132,7 @@ class Database:
                     await self._connection.execute("BEGIN IMMEDIATE")
                     yield self._connection
                     self._assert_same_file()
-                    # A full disk makes SQLite roll back by itself; what follows would then be
-                    # committed statement by statement, half of what was meant.
-                    if not self._connection.in_transaction:
-                        raise _unavailable()
+                    # Fails when a full disk has made SQLite roll back by itself, unasked.
                     await self._connection.execute("COMMIT")
                 except BaseException:
                     # Does nothing outside a transaction. It queues behind a statement whose
