@@ -16,8 +16,10 @@ from urllib.parse import unquote
 
 import orjson
 from aiohttp import web
-from aiohttp.http_exceptions import LineTooLong
+from aiohttp.http import HttpVersion11, RawRequestMessage
+from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
 from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
+from aiohttp.streams import StreamReader
 
 from gwproxy.core.errors import (
     BadRequest,
@@ -175,15 +177,7 @@ class Front:
             raise
         except Exception as error:
             # The border of the request's task: whatever it is, this request ends with it.
-            self._log.event(
-                "error",
-                "internal error",
-                request_id=trace.request_id,
-                exception=type(error).__name__,
-                where=_where(error),
-            )
-            internal = GatewayError("The gateway failed. The operator has been told.")
-            return self._refuse(request, trace, internal)
+            return self._refuse(request, trace, self._internal(trace, error))
         finally:
             self._open_requests -= 1
             if self._draining and not self._open_requests:
@@ -243,6 +237,31 @@ class Front:
                 request.transport.abort()
             raise ConnectionResetError("the response had begun")
         return error_response(error, trace.request_id, unread=not request.content.is_eof())
+
+    def refuse_unreadable(
+        self, request: web.BaseRequest, error: GatewayError | BaseException | None
+    ) -> web.StreamResponse:
+        """Answer what never became a request for `handle`, counted and logged like one."""
+        trace = Trace(self._request_ids(), self._clock())
+        if not isinstance(error, GatewayError):
+            error = self._internal(trace, error)
+        response = self._refuse(request, trace, error)
+        self._record(trace)
+        return response
+
+    def count_turned_away(self) -> None:
+        """A connection too many. No log line: they come by the thousand."""
+        self._metrics.request("other", "", "", 503, "other").value += 1
+
+    def _internal(self, trace: Trace, error: BaseException | None) -> GatewayError:
+        self._log.event(
+            "error",
+            "internal error",
+            request_id=trace.request_id,
+            exception=type(error).__name__,
+            where="" if error is None else _where(error),
+        )
+        return GatewayError("The gateway failed. The operator has been told.")
 
     def _record(self, trace: Trace) -> None:
         """The one log line of a request, and its count."""
@@ -315,7 +334,8 @@ class Listener(web.Server):
             handler_cancellation=True,
             loop=loop,
         )
-        self._max_connections = max_connections
+        self.front = front
+        self.max_connections = max_connections
         self._header_timeout_s = header_timeout_s
         self.request_ids = request_ids
         self._protocol_options: Mapping[str, Any] = {
@@ -324,15 +344,13 @@ class Listener(web.Server):
             "keepalive_timeout": keepalive_timeout_s,
             "access_log": None,
             # After an early answer the rest of a body is not waited for.
-            "lingering_time": 1.0,
+            "lingering_time": LINGER_S,
         }
         self._sweep_s = min(1.0, header_timeout_s / 2)
         self._sweep = loop.call_later(self._sweep_s, self._close_slow)
 
     def __call__(self) -> "ListenerProtocol":
-        protocol = ListenerProtocol(self, loop=self._loop, **self._protocol_options)
-        protocol.turned_away = len(self._connections) >= self._max_connections
-        return protocol
+        return ListenerProtocol(self, loop=self._loop, **self._protocol_options)
 
     def stop_sweeping(self) -> None:
         self._sweep.cancel()
@@ -347,13 +365,22 @@ class Listener(web.Server):
         self._sweep = self._loop.call_later(self._sweep_s, self._close_slow)
 
 
+LINGER_S: Final = 1.0
+"""After a last answer the client may go on sending for so long. A close with its bytes unread is a
+reset, which can destroy the answer before it is seen (RFC 9112, 9.6)."""
+
+TURNED_AWAY_AT_ONCE: Final = 256
+"""So many of those beyond the limit get an answer; more would be a crowd of their own."""
+
 _BUSY: Final = orjson.dumps(GatewayError("Too many connections.", code="overloaded").envelope())
+
+_TOO_MANY_HEADERS: Final = "Too many headers received"  # the parser's word, which has no class
 
 
 class ListenerProtocol(web.RequestHandler):
     """One client's connection."""
 
-    __slots__ = ("_since_head", "head_since", "largest_head", "turned_away")
+    __slots__ = ("_since_head", "deaf", "head_since", "largest_head")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -362,21 +389,40 @@ class ListenerProtocol(web.RequestHandler):
         self.largest_head = 0
         """No head on this connection was larger; with bodies in the count, it may be far less."""
         self._since_head = 0
-        self.turned_away = False
+        self.deaf = False
+        """Whatever still comes is thrown away."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self.head_since = self._loop.time()
-        if self.turned_away:
-            assert isinstance(transport, asyncio.WriteTransport)
-            transport.write(
-                b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-                b"Retry-After: 1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b"
-                % (len(_BUSY), _BUSY)
-            )
-            self.force_close()
+        manager = self._manager
+        assert isinstance(manager, Listener)
+        if len(manager.connections) > manager.max_connections:
+            self.deaf = True
+            # Not from here: uvloop sends nothing that is written before this call has ended.
+            self._loop.call_soon(self._turn_away, manager)
+
+    def _turn_away(self, manager: "Listener") -> None:
+        transport = self.transport
+        if transport is None:
+            return
+        manager.front.count_turned_away()
+        if len(manager.connections) > manager.max_connections + TURNED_AWAY_AT_ONCE:
+            transport.abort()
+            return
+        head = (
+            f"HTTP/1.1 503 Service Unavailable\r\nServer: {SERVER}\r\n"
+            f"x-request-id: {manager.request_ids()}\r\nContent-Type: application/json\r\n"
+            "Retry-After: 1\r\nConnection: close\r\n"
+            f"Content-Length: {len(_BUSY)}\r\n\r\n"
+        )
+        transport.write(head.encode() + _BUSY)
+        transport.write_eof()
+        self._loop.call_later(LINGER_S, self.force_close)
 
     def data_received(self, data: bytes) -> None:
+        if self.deaf:
+            return
         before = self._request_count
         self._since_head += len(data)
         super().data_received(data)
@@ -384,8 +430,25 @@ class ListenerProtocol(web.RequestHandler):
             self.largest_head = max(self.largest_head, self._since_head)
             self._since_head = len(data)  # the next head may have begun in this very piece
             self.head_since = 0.0
+            if not isinstance(self._messages[-1][0], RawRequestMessage):
+                self._give_up()
         elif self._current_request is None and not self.head_since:
             self.head_since = self._loop.time()
+
+    def _give_up(self) -> None:
+        """The parser cannot read on, and its last message is an error to be answered."""
+        self.deaf = True
+        failure, _ = self._messages.pop()
+        bodies = [body for _, body in self._messages]
+        if self._current_request is not None:
+            bodies.append(self._current_request.content)
+        for body in bodies:
+            if not body.is_eof():
+                # aiohttp lets whoever reads it wait for a rest that will never come.
+                body.set_exception(web.RequestPayloadError("broken"))
+                body.feed_eof()
+        # A body without an end: the connection lingers after its answer.
+        self._messages.append((failure, StreamReader(self, 1, loop=self._loop)))
 
     def resume_reading(self, resume_parser: bool = True) -> None:
         # aiohttp calls this after each read, paused or not, and then parses nothing and resumes
@@ -404,16 +467,18 @@ class ListenerProtocol(web.RequestHandler):
         prompt, goes nowhere."""
         if request.writer.output_size > 0:
             raise ConnectionError("the response had begun")
-        error: GatewayError
+        manager = self._manager
+        if not isinstance(manager, Listener):
+            raise ConnectionError("the client is gone")
+        error: GatewayError | BaseException | None = exc
         if isinstance(exc, LineTooLong):
             error = RequestTooLarge("A header or the path is too long.", status=431)
+        elif isinstance(exc, BadHttpMessage) and exc.message == _TOO_MANY_HEADERS:
+            error = RequestTooLarge("There are too many headers.", status=431)
         elif status == 400:
-            error = BadRequest("The request is not valid HTTP/1.1.")
-        else:
-            error = GatewayError("The gateway failed.")
-        manager = self._manager
-        request_id = manager.request_ids() if isinstance(manager, Listener) else ""
-        return error_response(error, request_id, unread=True)
+            error = BadRequest("The request is not valid HTTP/1.1.", close=True)
+        request._version = HttpVersion11  # an answer's first line says what we speak
+        return manager.front.refuse_unreadable(request, error)
 
 
 def request_ids(prefix: str) -> Callable[[], str]:
