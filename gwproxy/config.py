@@ -480,7 +480,6 @@ class Upstream:
     idle_timeout_s: Annotated[float, _seconds("0.001", 3600)] = 120.0
     early_commit_s: Annotated[float, _seconds("0", 3600)] = 0.0
     connect_timeout_s: Annotated[float, _seconds("0.001", 300)] = 5.0
-    max_connections: Annotated[int, _whole(0, 1_000_000)] = 0
     idle_connection_s: Annotated[float, _seconds("0", 3600)] = 55.0
     ca_file: Annotated[Path | None, _existing_file] = None
     rpm_ceiling: Annotated[int | None, _whole(1, 100_000_000)] = None

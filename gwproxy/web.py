@@ -196,7 +196,7 @@ class Front:
 
     def _check_framing(self, request: web.BaseRequest) -> None:
         """What aiohttp's parser accepts and a proxy must not."""
-        version = request.version
+        version = request._version
         if version != (1, 1) and version != (1, 0):
             request._version = HttpVersion11  # an answer's first line says what we speak
             raise BadRequest("HTTP/1.1 or HTTP/1.0, please.", status=505, close=True)
@@ -432,7 +432,8 @@ class ListenerProtocol(web.RequestHandler):
             self.head_since = 0.0
             if not isinstance(self._messages[-1][0], RawRequestMessage):
                 self._give_up()
-        elif self._current_request is None and not self.head_since:
+        elif not self.head_since and self._waiter is not None and not self._waiter.done():
+            # Only while the next request is waited for; else it is a body, or a head to come.
             self.head_since = self._loop.time()
 
     def _give_up(self) -> None:

@@ -74,10 +74,10 @@ async def stream(
     served.tokens = _nothing_yet(answer.speech)
     for event in answer.events():
         await _interrupt(ask, wire, served, newline)
-        if pause_s and served.events_sent:
-            await asyncio.sleep(pause_s)
         await wire.send(b"data: %b%b" % (orjson.dumps(event.data), newline * 2))
         _note(served, event)
+        if pause_s:
+            await asyncio.sleep(pause_s)
     await _interrupt(ask, wire, served, newline, at_the_end=True)
     if "no-done" in faults:
         await wire.finish()
