@@ -1,7 +1,7 @@
-"""Every log line: JSON, one object a line, formatted and written off the event loop.
+"""Every log line: JSON, one object a line, written off the event loop.
 
-The loop only appends to a queue; a thread empties it ten times a second. A reader of the log that
-stands still costs lines, counted and told, never the loop and never memory without bound.
+The loop only appends text to a queue; a thread empties it ten times a second. A reader of the log
+that stands still costs lines, counted and told, never the loop and never memory without bound.
 What is logged is decided by the caller, and no caller hands over a key, a prompt or an answer.
 """
 
@@ -12,20 +12,14 @@ import threading
 import time
 from collections import deque
 from datetime import UTC, datetime
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import orjson
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 FLUSH_INTERVAL_S = 0.1
 BACKLOG_LIMIT = 50_000
-"""Lines that wait for a slow reader: about 25 MB at 500 bytes a line."""
-
-
-class Record(Protocol):
-    """Something that can tell its own line, later and in another thread."""
-
-    def fields(self) -> dict[str, Any]: ...
+"""Lines that wait for a slow reader: about 30 MB at 600 bytes a line."""
 
 
 class Log:
@@ -36,7 +30,7 @@ class Log:
         self._threshold = LEVELS[level]
         self.debugging = level == "debug"
         """For hot paths, which need not gather the fields of a line that nobody wants."""
-        self._lines: deque[tuple[float, str, str, dict[str, Any] | Record]] = deque()
+        self._lines: deque[str] = deque()
         self._dropped = 0
         self._wake = threading.Event()
         self._stopping = False
@@ -44,16 +38,20 @@ class Log:
 
     def event(self, level: str, event: str, **fields: Any) -> None:
         """Queue one line. `fields` are plain values: text, numbers, lists and dicts of them."""
-        self.record(level, event, fields)
+        if LEVELS[level] >= self._threshold:
+            self._queue(render(time.time(), level, event, fields))
 
-    def record(self, level: str, event: str, record: dict[str, Any] | Record) -> None:
-        """Queue one line. Nothing may change `record` any more."""
-        if LEVELS[level] < self._threshold:
-            return
+    def members(self, event: str, json: str) -> None:
+        """Queue one line of level info, its members given as JSON: for the line of each request."""
+        if self._threshold <= LEVELS["info"]:
+            stamp = _stamp(time.time())
+            self._queue(f'{{"time":"{stamp}","level":"info","event":"{event}",{json}}}\n')
+
+    def _queue(self, line: str) -> None:
         if len(self._lines) >= BACKLOG_LIMIT:
             self._dropped += 1
         else:
-            self._lines.append((time.time(), level, event, record))
+            self._lines.append(line)
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
@@ -75,7 +73,7 @@ class Log:
     def _flush(self) -> None:
         parts: list[str] = []
         while self._lines:
-            parts.append(render(*self._lines.popleft()))
+            parts.append(self._lines.popleft())
             if len(parts) == 200:  # a bounded write, so that a burst does not hold the GIL
                 self._write(parts)
                 parts = []
@@ -94,12 +92,14 @@ class Log:
             self._dropped += len(parts)
 
 
-def render(time_s: float, level: str, event: str, record: dict[str, Any] | Record) -> str:
+def render(time_s: float, level: str, event: str, fields: dict[str, Any]) -> str:
     """One line. Foreign text is escaped by JSON, so that nobody can forge a second line."""
-    fields = record if isinstance(record, dict) else record.fields()
-    stamp = f"{_second(int(time_s))}.{int(time_s % 1 * 1000):03d}Z"
-    line = {"time": stamp, "level": level, "event": event, **fields}
+    line = {"time": _stamp(time_s), "level": level, "event": event, **fields}
     return orjson.dumps(line, default=str, option=orjson.OPT_APPEND_NEWLINE).decode()
+
+
+def _stamp(time_s: float) -> str:
+    return f"{_second(int(time_s))}.{int(time_s % 1 * 1000):03d}Z"
 
 
 @functools.lru_cache(maxsize=4)

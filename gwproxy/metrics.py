@@ -122,6 +122,7 @@ class Metrics(Collector):
         self._families: list[Family[Count] | Family[Spread]] = []
         self._gauges: set[str] = set()
         self._per_request: dict[tuple[str, str, str, int, str], Count] = {}
+        self._ttfb_by_provider: dict[str, Spread] = {}
         self._per_settlement: dict[tuple[str, str, str], tuple[tuple[Count, ...], Count]] = {}
 
         self._requests = self._counter(
@@ -212,7 +213,12 @@ class Metrics(Collector):
         return found
 
     def ttfb(self, provider: str) -> Spread:
-        return self._ttfb.child(self._provider(provider))
+        found = self._ttfb_by_provider.get(provider)
+        if found is None:
+            found = self._ttfb.child(self._provider(provider))
+            if provider in self._providers:
+                self._ttfb_by_provider[provider] = found
+        return found
 
     def settled(
         self, provider: str, model: str, source: str, tokens: Sequence[int], usd: float

@@ -19,7 +19,7 @@ from aiohttp import web
 from aiohttp.http import HttpVersion11, RawRequestMessage
 from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
 from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
-from aiohttp.streams import StreamReader
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 
 from gwproxy.core.errors import (
     BadRequest,
@@ -271,7 +271,7 @@ class Front:
             trace.route, trace.provider, trace.provider_model, status, trace.error_type
         ).value += 1
         if trace.route not in _QUIET or status != 200:
-            self._log.record("info", "request", trace)
+            self._log.members("request", trace.json())
 
 
 _QUIET: Final = frozenset({"health", "metrics"})
@@ -336,6 +336,8 @@ class Listener(web.Server):
         )
         self.front = front
         self.max_connections = max_connections
+        self.turned_away = 0
+        """Connections beyond the limit that are still being told so."""
         self._header_timeout_s = header_timeout_s
         self.request_ids = request_ids
         self._protocol_options: Mapping[str, Any] = {
@@ -380,7 +382,7 @@ _TOO_MANY_HEADERS: Final = "Too many headers received"  # the parser's word, whi
 class ListenerProtocol(web.RequestHandler):
     """One client's connection."""
 
-    __slots__ = ("_since_head", "deaf", "head_since", "largest_head")
+    __slots__ = ("_body", "_since_head", "deaf", "head_since", "largest_head", "turned_away")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -389,16 +391,20 @@ class ListenerProtocol(web.RequestHandler):
         self.largest_head = 0
         """No head on this connection was larger; with bodies in the count, it may be far less."""
         self._since_head = 0
+        self._body: StreamReader = EMPTY_PAYLOAD
+        """Of the last request whose head came: the one that may still be on its way."""
         self.deaf = False
         """Whatever still comes is thrown away."""
+        self.turned_away = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self.head_since = self._loop.time()
         manager = self._manager
         assert isinstance(manager, Listener)
-        if len(manager.connections) > manager.max_connections:
-            self.deaf = True
+        if len(manager._connections) - manager.turned_away > manager.max_connections:
+            self.turned_away = self.deaf = True
+            manager.turned_away += 1
             # Not from here: uvloop sends nothing that is written before this call has ended.
             self._loop.call_soon(self._turn_away, manager)
 
@@ -407,7 +413,7 @@ class ListenerProtocol(web.RequestHandler):
         if transport is None:
             return
         manager.front.count_turned_away()
-        if len(manager.connections) > manager.max_connections + TURNED_AWAY_AT_ONCE:
+        if manager.turned_away > TURNED_AWAY_AT_ONCE:
             transport.abort()
             return
         head = (
@@ -420,6 +426,12 @@ class ListenerProtocol(web.RequestHandler):
         transport.write_eof()
         self._loop.call_later(LINGER_S, self.force_close)
 
+    def connection_lost(self, exc: BaseException | None) -> None:
+        manager = self._manager
+        if self.turned_away and isinstance(manager, Listener):
+            manager.turned_away -= 1
+        super().connection_lost(exc)
+
     def data_received(self, data: bytes) -> None:
         if self.deaf:
             return
@@ -430,7 +442,10 @@ class ListenerProtocol(web.RequestHandler):
             self.largest_head = max(self.largest_head, self._since_head)
             self._since_head = len(data)  # the next head may have begun in this very piece
             self.head_since = 0.0
-            if not isinstance(self._messages[-1][0], RawRequestMessage):
+            message, body = self._messages[-1]
+            if isinstance(message, RawRequestMessage):
+                self._body = body
+            else:
                 self._give_up()
         elif not self.head_since and self._waiter is not None and not self._waiter.done():
             # Only while the next request is waited for; else it is a body, or a head to come.
@@ -440,14 +455,10 @@ class ListenerProtocol(web.RequestHandler):
         """The parser cannot read on, and its last message is an error to be answered."""
         self.deaf = True
         failure, _ = self._messages.pop()
-        bodies = [body for _, body in self._messages]
-        if self._current_request is not None:
-            bodies.append(self._current_request.content)
-        for body in bodies:
-            if not body.is_eof():
-                # aiohttp lets whoever reads it wait for a rest that will never come.
-                body.set_exception(web.RequestPayloadError("broken"))
-                body.feed_eof()
+        if not self._body.is_eof():
+            # aiohttp lets whoever reads it wait for a rest that will never come.
+            self._body.set_exception(web.RequestPayloadError("broken"))
+            self._body.feed_eof()
         # A body without an end: the connection lingers after its answer.
         self._messages.append((failure, StreamReader(self, 1, loop=self._loop)))
 

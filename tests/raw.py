@@ -3,10 +3,14 @@ anything: what a proxy, an attacker or a broken program does on a socket no HTTP
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from tests.conftest import Front
+from tests.harness import ADMIN_KEY, UPSTREAM_TOKEN, Upstream, chat
 
 PATIENCE_S = 10.0
 """No answer of a gateway on the same machine takes so long; what does is a hang."""
@@ -106,7 +110,7 @@ class Peer:
         async with asyncio.timeout(PATIENCE_S):
             try:
                 return await self.reader.read()
-            except ConnectionResetError:
+            except ConnectionError:
                 # A close while we were still sending; nothing was lost that we had not read.
                 return b""
 
@@ -150,3 +154,78 @@ def post(body: bytes, *lines: str, key: str | None, path: str = CHAT) -> bytes:
 
 def get(path: str, *lines: str, key: str | None = None, method: str = "GET") -> bytes:
     return head(*lines, key=key, line=f"{method} {path} HTTP/1.1")
+
+
+# -- what holds for every refusal ----------------------------------------------------------------
+
+CANARY = "canary-8c1f"
+"""Stands in prompts and headers of these tests, and may stand in no log and no refusal."""
+
+
+def prompt(**fields: Any) -> bytes:
+    """The body of a chat request whose prompt must not be seen again."""
+    return json.dumps(chat(messages=[{"role": "user", "content": CANARY}], **fields)).encode()
+
+
+def assert_refusal(
+    answer: Answered, status: int, code: str | None, param: str | None = None
+) -> None:
+    """OpenAI's envelope, our headers, and not a word of what was sent."""
+    assert (answer.status, answer.version) == (status, "HTTP/1.1"), answer
+    assert answer.json.keys() == {"error"}, answer
+    error = answer.json["error"]
+    assert error.keys() == {"message", "type", "param", "code"}, answer
+    assert (error["code"], error["param"]) == (code, param), answer
+    assert error["message"] and isinstance(error["type"], str), answer
+    assert answer.header("content-type") == "application/json", answer
+    assert answer.header("server") == "gwproxy", answer
+    assert re.fullmatch(r"req_[0-9a-f]{24}", answer.header("x-request-id") or ""), answer
+    assert (answer.header("www-authenticate") is not None) == (status == 401), answer
+    assert CANARY.encode() not in answer.body, answer
+
+
+async def refused(
+    port: int,
+    data: bytes,
+    status: int,
+    code: str | None,
+    *,
+    closes: bool = False,
+    param: str | None = None,
+) -> Answered:
+    """Send `data` and see it refused in just this way, on a connection that ends or goes on."""
+    async with connect(port) as peer:
+        peer.send(data)
+        answer = await peer.answer()
+        assert_refusal(answer, status, code, param)
+        assert answer.header("connection") == ("close" if closes else None), answer
+        if closes:
+            assert await peer.rest() == b""
+        else:
+            peer.send(get("/health"))
+            assert (await peer.answer()).status == 200
+        return answer
+
+
+async def assert_unharmed(front: Front, upstream: Upstream) -> None:
+    """Nothing reached the upstream, the next caller is served, and the log keeps its secrets."""
+    assert upstream.received == []
+    async with connect(front.port) as peer:
+        peer.send(post(json.dumps(chat()).encode(), key=front.key))
+        answer = await peer.answer()
+    assert answer.status == 200
+    written = await logged(front, answer)
+    for secret in (front.key, front.key[17:49], CANARY, ADMIN_KEY, UPSTREAM_TOKEN):
+        assert secret not in written
+
+
+async def logged(front: Front, answer: Answered) -> str:
+    """The log's text, once it has the line of this answer."""
+    request_id = answer.header("x-request-id")
+    assert request_id is not None
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            written = front.gateway.written.getvalue()
+            if request_id in written:
+                return written
+            await asyncio.sleep(0.02)  # the log's thread writes ten times a second

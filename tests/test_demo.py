@@ -756,6 +756,13 @@ async def test_a_bad_event_is_followed_by_good_ones(client: Client) -> None:
     assert got.done
 
 
+async def test_a_reset_comes_behind_every_byte_before_it(client: Client) -> None:
+    model = "mock/prose+huge-event-6000000+reset-after-1"
+    body = {"model": model, "stream": True, "messages": []}
+    answer, how = await raw_answer(client.demo, body)
+    assert (answer.count(b" river"), how) == (1_000_000, "reset")
+
+
 async def test_a_huge_event_is_one_event_and_counts_in_full(client: Client) -> None:
     got = await client.chat(
         "mock/prose+huge-event-600000",

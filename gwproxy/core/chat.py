@@ -5,9 +5,9 @@ object, so that a duplicate key or an odd encoding can hide nothing.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import orjson
 
 from gwproxy.core.errors import InvalidRequest
@@ -17,10 +17,15 @@ MODEL_NAME_LIMIT = 256
 MAX_TOKENS_LIMIT = 10_000_000
 MAX_CHOICES = 128
 
+_SURELY_FLAT = 200
+"""So many brackets cannot be nested deeper than what can be written again (254 levels)."""
+
 _FREE_TIERS = frozenset({"auto", "default", "standard_only"})
 
 _OTHERS_STATE = ("previous_response_id", "conversation", "prompt", "item_reference", "file_id")
 """Fields that point at state kept upstream, where all tenants share one account."""
+
+_ELSEWHERE = "it points at state outside this request"
 
 _WATCHED = frozenset(
     {
@@ -40,8 +45,7 @@ _CLIENT_TOOLS = frozenset({"function", "custom"})
 """Tools that the client runs itself. Any other kind runs upstream, at a price nobody can bound."""
 
 
-@dataclass(frozen=True, slots=True)
-class ChatRequest:
+class ChatRequest(msgspec.Struct, frozen=True):
     """A checked request. `body` is the parsed object and is never changed in place."""
 
     model: str
@@ -72,6 +76,9 @@ class ChatRequest:
                 _check_parts(content, index, allowed)
             elif content is not None and not isinstance(content, str):
                 raise _wrong(f"messages[{index}].content", "must be a string or an array of parts")
+            if message.get("audio") is not None:
+                # An earlier answer's, by its id: neither in the body nor of a known length.
+                raise _unsupported(f"messages[{index}].audio", _ELSEWHERE)
         stream = _flag(body, "stream")
         options = body.get("stream_options")
         include_usage = False
@@ -83,15 +90,9 @@ class ChatRequest:
             include_usage = _flag(options, "include_usage", "stream_options.include_usage")
         if not _WATCHED.isdisjoint(body):
             _refuse_unpriced(body, allowed)
-        return cls(
-            model=model,
-            stream=stream,
-            include_usage=include_usage,
-            max_output_tokens=_maximum(body),
-            choices=_count(body, "n", 1, MAX_CHOICES) or 1,
-            body=body,
-            size_bytes=len(raw),
-        )
+        maximum = _maximum(body)
+        choices = _count(body, "n", 1, MAX_CHOICES) or 1
+        return cls(model, stream, include_usage, maximum, choices, body, len(raw))
 
     def body_for(self, candidate: Candidate) -> bytes:
         """The body for one candidate: its name for the model, and usage asked for in streams."""
@@ -113,6 +114,12 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         ) from None
     if not isinstance(body, dict):
         raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
+    if raw.count(b"[") + raw.count(b"{") > _SURELY_FLAT:
+        try:
+            orjson.dumps(body)
+        except orjson.JSONEncodeError:
+            # Read up to 1,024 levels deep, but not written: found here, not on the way upstream.
+            raise InvalidRequest("The body is nested too deeply.", code="invalid_json") from None
     return body
 
 
@@ -130,12 +137,12 @@ def as_stream(answer: Mapping[str, Any], *, include_usage: bool) -> bytes:
         calls = delta.get("tool_calls")
         if isinstance(calls, list):
             delta["tool_calls"] = [
-                {"index": index, **call}
-                for index, call in enumerate(calls)
+                {**call, "index": _index(call, position)}
+                for position, call in enumerate(calls)
                 if isinstance(call, dict)
             ]
         rest = {key: value for key, value in choice.items() if key not in ("message", "index")}
-        choices.append({"index": choice.get("index", position), "delta": delta, **rest})
+        choices.append({"index": _index(choice, position), "delta": delta, **rest})
     chunk = {
         **{
             key: value for key, value in answer.items() if key not in ("choices", "usage", "object")
@@ -148,6 +155,12 @@ def as_stream(answer: Mapping[str, Any], *, include_usage: bool) -> bytes:
     if include_usage and usage is not None:
         events.append({**chunk, "choices": [], "usage": usage})
     return b"".join(b"data: %b\n\n" % orjson.dumps(event) for event in events) + b"data: [DONE]\n\n"
+
+
+def _index(item: Mapping[str, Any], position: int) -> int:
+    """A stream's items are put together by their index, which a whole answer need not have."""
+    index = item.get("index")
+    return index if type(index) is int else position
 
 
 # -- checks --------------------------------------------------------------------------------------
@@ -196,13 +209,11 @@ def _refuse_unpriced(body: Mapping[str, Any], allowed: frozenset[str]) -> None:
             raise _unsupported(name, "its cost cannot be bounded")
     for name in _OTHERS_STATE:
         if body.get(name) is not None:
-            raise _unsupported(name, "it points at state outside this request")
+            raise _unsupported(name, _ELSEWHERE)
     extra = body.get("extra_body")
     google = extra.get("google") if isinstance(extra, dict) else None
     if isinstance(google, dict) and google.get("cached_content") is not None:
-        raise _unsupported(
-            "extra_body.google.cached_content", "it points at state outside this request"
-        )
+        raise _unsupported("extra_body.google.cached_content", _ELSEWHERE)
 
 
 def _unpriced(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -215,7 +226,7 @@ def _unpriced(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     modalities = body.get("modalities")
     if body.get("audio") is not None:
         yield "audio", "audio"
-    if isinstance(modalities, list) and modalities != ["text"]:
+    if modalities is not None and modalities not in ([], ["text"]):
         yield "modalities", "audio"
     if body.get("background"):
         yield "background", "background"
@@ -237,9 +248,10 @@ def _check_parts(parts: list[Any], message: int, allowed: frozenset[str]) -> Non
             raise _wrong(name, "must be an object")
         if part.get("type") == "input_audio" and "audio" not in allowed:
             raise _unsupported(name, "its cost cannot be bounded")
-        file = part.get("file")
-        if part.get("file_id") is not None or (isinstance(file, dict) and file.get("file_id")):
-            raise _unsupported(f"{name}.file_id", "it points at state outside this request")
+        for field, value in part.items():
+            within = value if isinstance(value, dict) else {}
+            if (field == "file_id" and value is not None) or within.get("file_id") is not None:
+                raise _unsupported(f"{name}.file_id", _ELSEWHERE)
 
 
 def _one_of(value: Any, words: frozenset[str]) -> bool:

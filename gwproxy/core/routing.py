@@ -85,6 +85,11 @@ class Routes:
         if links is not None:
             chain = (self._candidate(link.provider, link.model, link.weight) for link in links)
             return tuple(candidate for candidate in chain if candidate is not None) or None
+        for longer in self.providers.values():
+            # Vertex's prefix has a slash of its own, and must not be taken for part of a model.
+            if "/" in longer.prefix and name.startswith(f"{longer.prefix}/"):
+                rest = name.removeprefix(f"{longer.prefix}/")
+                return (candidate_of(longer, rest),) if rest else None
         head, slash, rest = name.partition("/")
         if slash and head and rest:
             provider = self._provider(head)

@@ -80,25 +80,30 @@ class ChatStream:
         """The body ended cleanly: what was held, if it is an event short of its empty line only.
 
         A fragment that does not parse is let go: it would swallow the error event that follows.
+        Unless the answer is complete, the event gets the empty line that it lacks: without it an
+        event of ours would become part of it, and a client would not see an error at all.
         """
         held = b"".join(self._held)
         self._held = []
         self._held_size = 0
         payload = self._scanner.flush()
-        if not payload or self._part_sent:
+        self._count_unparsed()
+        if not payload:
             return b""
-        if payload != b"[DONE]":
-            try:
-                orjson.loads(payload)
-            except orjson.JSONDecodeError:
-                return b""
-        return held if self._event(payload) else b""
+        if payload.strip() != b"[DONE]" and _parse(payload) is _UNREADABLE:
+            if self._part_sent:
+                self.meter.observe_unparsed(len(payload))
+            return b""
+        if not self._event(payload) and not self._part_sent:
+            return b""
+        if self.complete:
+            return held
+        self._part_sent = False
+        return held + b"\n\n"
 
     def _feed_any(self, chunk: bytes) -> bytes:
         events = self._scanner.feed(chunk)
-        if self._scanner.unparsed:
-            self.meter.observe_unparsed(self._scanner.unparsed)
-            self._scanner.unparsed = 0
+        self._count_unparsed()
         leaving: list[bytes] = []
         start = 0
         for payload, end in events:
@@ -130,21 +135,35 @@ class ChatStream:
         if payload == b"[DONE]":
             self.done = self.committed = True
             return True
-        try:
-            value = orjson.loads(payload)
-        except orjson.JSONDecodeError:
-            try:
-                # Half of a surrogate pair is legal JSON text, which orjson refuses.
-                value = json.loads(payload)
-            except (ValueError, RecursionError):
-                if payload.strip() == b"[DONE]":
-                    self.done = self.committed = True
-                else:
-                    self.meter.observe_unparsed(len(payload))
-                return True
+        value = _parse(payload)
+        if value is _UNREADABLE:
+            if payload.strip() == b"[DONE]":
+                self.done = self.committed = True
+            else:
+                self.meter.observe_unparsed(len(payload))
+            return True
         flags = self.meter.observe(value)
         if flags & _COMMIT:
             self.committed = True
         if flags & ERROR:
             self.error = value.get("error") or value
-        return not (self._drop_usage and flags & USAGE_ONLY)
+        return not (self._drop_usage and flags & (USAGE_ONLY | ERROR) == USAGE_ONLY)
+
+    def _count_unparsed(self) -> None:
+        if self._scanner.unparsed:
+            self.meter.observe_unparsed(self._scanner.unparsed)
+            self._scanner.unparsed = 0
+
+
+_UNREADABLE = object()
+
+
+def _parse(payload: bytes) -> Any:
+    try:
+        return orjson.loads(payload)
+    except orjson.JSONDecodeError:
+        try:
+            # Half of a surrogate pair is legal JSON text, which orjson refuses.
+            return json.loads(payload)
+        except (ValueError, RecursionError):
+            return _UNREADABLE

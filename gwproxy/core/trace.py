@@ -3,7 +3,9 @@
 Ids, numbers and words of ours only: never a key, a prompt, an answer.
 """
 
-from typing import Any
+import functools
+
+import orjson
 
 from gwproxy.core.identity import Principal
 
@@ -20,14 +22,13 @@ class Attempt:
         self.reason = ""
         self.duration_s = 0.0
 
-    def fields(self) -> dict[str, Any]:
-        return {
-            "provider": self.provider,
-            "model": self.model,
-            "status": self.status,
-            "reason": self.reason or None,
-            "duration_ms": round(self.duration_s * 1000, 2),
-        }
+    def json(self) -> str:
+        status = "null" if self.status is None else self.status
+        reason = f',"reason":"{self.reason}"' if self.reason else ""
+        return (
+            f'{{"provider":"{self.provider}","model":{_quoted(self.model)},"status":{status},'
+            f'"duration_ms":{self.duration_s * 1000:.2f}{reason}}}'
+        )
 
 
 class Trace:
@@ -63,41 +64,58 @@ class Trace:
         self.route = "other"
         self.attempts: list[Attempt] = []
 
-    def fields(self) -> dict[str, Any]:
-        """The log line. Called off the event loop, when nothing changes any more."""
+    def json(self) -> str:
+        """The members of the log line, as JSON without its braces.
+
+        Written by hand, because it is written for each request: a third of what building a dict
+        and serialising that costs. Ids, routes and providers' names are of grammars that need no
+        escaping; what a caller or an upstream has a say in is quoted.
+        """
+        parts = [
+            f'"request_id":"{self.request_id}","route":"{self.route}","status":{self.status},'
+            f'"duration_ms":{(self.ended_at - self.started) * 1000:.2f}'
+        ]
         principal = self.principal
-        fields: dict[str, Any] = {
-            "request_id": self.request_id,
-            "route": self.route,
-            "status": self.status,
-            "duration_ms": round((self.ended_at - self.started) * 1000, 2),
-        }
         if principal is not None:
-            fields["user_id"] = principal.user_id
-            fields["org_id"] = principal.org_id
-            fields["key_id"] = principal.key_id
+            parts.append(
+                f'"user_id":"{principal.user_id}","org_id":"{principal.org_id}",'
+                f'"key_id":"{principal.key_id}"'
+            )
         if self.model:
-            fields["model"] = self.model
-            fields["stream"] = self.stream
-            fields["attempts"] = [attempt.fields() for attempt in self.attempts]
+            attempts = ",".join([attempt.json() for attempt in self.attempts])
+            stream = "true" if self.stream else "false"
+            parts.append(f'"model":{_quoted(self.model)},"stream":{stream},"attempts":[{attempts}]')
         if self.provider:
-            fields["provider"] = self.provider
+            parts.append(f'"provider":"{self.provider}"')
         if self.first_byte_at:
-            fields["gateway_ms"] = round((self.sent_at - self.started) * 1000, 2)
-            fields["upstream_ms"] = round((self.first_byte_at - self.sent_at) * 1000, 2)
+            parts.append(
+                f'"gateway_ms":{(self.sent_at - self.started) * 1000:.2f},'
+                f'"upstream_ms":{(self.first_byte_at - self.sent_at) * 1000:.2f}'
+            )
         if self.outcome:
-            fields["outcome"] = self.outcome
-            fields["cost_nanos"] = self.cost_nanos
-            fields["source"] = self.source or None
-            fields["price_version"] = self.price_version
+            source = f'"{self.source}"' if self.source else "null"
+            parts.append(
+                f'"outcome":"{self.outcome}","cost_nanos":{self.cost_nanos},"source":{source},'
+                f'"price_version":{_quoted(self.price_version)}'
+            )
         if self.tokens is not None:
-            fields["tokens"] = dict(zip(TOKEN_KINDS, self.tokens, strict=True))
+            fresh, read, write, output, reasoning = self.tokens
+            parts.append(
+                f'"tokens":{{"input":{fresh},"cache_read":{read},"cache_write":{write},'
+                f'"output":{output},"reasoning":{reasoning}}}'
+            )
         if self.log_id:
-            fields["cf_aig_log_id"] = self.log_id
+            parts.append(f'"cf_aig_log_id":{orjson.dumps(self.log_id).decode()}')
         if self.error_type:
-            fields["error_type"] = self.error_type
-            fields["error_code"] = self.error_code
-        return fields
+            code = "null" if self.error_code is None else _quoted(self.error_code)
+            parts.append(f'"error_type":"{self.error_type}","error_code":{code}')
+        return ",".join(parts)
+
+
+@functools.lru_cache(maxsize=1024)
+def _quoted(text: str) -> str:
+    """A JSON string; the names in use are few."""
+    return orjson.dumps(text).decode()
 
 
 TOKEN_KINDS = ("input", "cache_read", "cache_write", "output", "reasoning")

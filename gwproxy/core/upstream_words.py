@@ -5,8 +5,9 @@ documentation and from what others observed; where an answer fits no table, its 
 """
 
 import enum
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -52,17 +53,24 @@ def metadata(user_id: str, org_id: str, key_id: str, request_id: str, attempt: i
 # -- response headers ----------------------------------------------------------------------------
 
 _PASSED_ON = frozenset({"cf-aig-cache-status", "retry-after", "retry-after-ms"})
-_PASSED_ON_PREFIXES = ("x-ratelimit-", "openai-")
+_PASSED_ON_NAME = re.compile(r"(?:x-ratelimit-|openai-)[a-z0-9_-]{1,64}")
+_PASSED_ON_LIMIT = 512
+"""Characters of a value: none of these headers needs more, and clients bound what they accept."""
 
 
 def passed_on(headers: Mapping[str, str]) -> dict[str, str]:
-    """The upstream's headers that a client may see: a short list, never a copy of all."""
+    """The upstream's headers that a client may see: a short list, never a copy of all.
+
+    They are written into our own head as they are, so a value that could end a line is left out.
+    """
     out: dict[str, str] = {}
     for name, value in headers.items():
-        if name in _PASSED_ON or name.startswith(_PASSED_ON_PREFIXES):
+        if name == "x-request-id":
+            name = "x-upstream-request-id"
+        elif name not in _PASSED_ON and not _PASSED_ON_NAME.fullmatch(name):
+            continue
+        if value.isascii() and value.isprintable() and len(value) <= _PASSED_ON_LIMIT:
             out[name] = value
-        elif name == "x-request-id":
-            out["x-upstream-request-id"] = value
     return out
 
 
@@ -188,20 +196,33 @@ def classify(
     status: int, headers: Mapping[str, str], body: bytes, secrets: tuple[str, ...]
 ) -> Verdict:
     """What an error answer means. `secrets` are never passed on, whatever the upstream echoes."""
+    retry_after_s = _retry_after_s(headers)
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError:
-        value = None
-    retry_after_s = _retry_after_s(headers)
-    if isinstance(value, dict):
-        gateway = _gateway_code(value)
-        if gateway is not None:
-            verdict = _gateway_verdict(gateway, status, retry_after_s)
-            if verdict is not None:
-                return verdict
-        elif isinstance(value.get("error"), dict):
-            return _provider_verdict(status, value["error"], body, retry_after_s, secrets)
-    return _status_verdict(status, retry_after_s)
+        return _wordless_verdict(status, retry_after_s)
+    wrapped = isinstance(value, list) and len(value) == 1
+    if wrapped:
+        value = value[0]  # as Google's OpenAI layer does it
+    if not isinstance(value, dict):
+        return _wordless_verdict(status, retry_after_s)
+    code, words = _gateway_error(value)
+    if code is not None:
+        row = _GATEWAY_CODES.get(code)
+        if row is not None:
+            return _gateway_verdict(code, row, status, retry_after_s)
+        # A code of the gateway's that we do not know: its status decides, and the log tells.
+        verdict = _worded_verdict(status, {"message": words}, body, retry_after_s, secrets)
+        return replace(verdict, hint=verdict.hint or f"the gateway answered with its code {code}")
+    error = value.get("error")
+    if isinstance(error, dict):
+        openai_shaped = not wrapped and {"message", "type", "param", "code"} <= error.keys()
+        return _worded_verdict(status, error, body, retry_after_s, secrets, as_sent=openai_shaped)
+    # Self-hosted servers: {"error": "words"}, or the words at the top.
+    error = {**value, "message": error} if isinstance(error, str) else value
+    if isinstance(error.get("message"), str):
+        return _worded_verdict(status, error, body, retry_after_s, secrets)
+    return _wordless_verdict(status, retry_after_s)
 
 
 def classify_event(error: Any) -> Verdict:
@@ -212,35 +233,21 @@ def classify_event(error: Any) -> Verdict:
     return _status_verdict(status, None)
 
 
-def _gateway_code(value: dict[str, Any]) -> int | None:
-    """The code of the gateway's own error, or its management API's; None for a provider's."""
+def _gateway_error(value: dict[str, Any]) -> tuple[int | None, Any]:
+    """The code and the words of the gateway's own error, or its management API's."""
     for field in ("error", "errors"):
         errors = value.get(field)
         if isinstance(errors, list) and errors and isinstance(errors[0], dict):
             code = errors[0].get("code")
             if type(code) is int:
-                return code
+                return code, errors[0].get("message")
     code = value.get("internalCode")
-    return code if type(code) is int else None
+    return (code if type(code) is int else None), value.get("message")
 
 
-def _gateway_verdict(code: int, status: int, retry_after_s: int | None) -> Verdict | None:
-    row = _GATEWAY_CODES.get(code)
-    if row is None:
-        # A code of the gateway's that we do not know: its status decides, and the log tells.
-        verdict = _status_verdict(status, retry_after_s)
-        hint = verdict.hint or f"the gateway answered with its code {code}"
-        return Verdict(
-            verdict.meaning,
-            verdict.error_type,
-            verdict.reason,
-            verdict.status,
-            message=verdict.message,
-            type=verdict.type,
-            code=verdict.code,
-            hint=hint,
-            retry_after_s=retry_after_s,
-        )
+def _gateway_verdict(
+    code: int, row: tuple[Meaning, str, str, str], status: int, retry_after_s: int | None
+) -> Verdict:
     meaning, error_type, public_code, hint = row
     if meaning is Meaning.POLICY_BLOCK:
         return Verdict(
@@ -272,17 +279,30 @@ def _gateway_verdict(code: int, status: int, retry_after_s: int | None) -> Verdi
     )
 
 
-def _provider_verdict(
+_NO_CREDIT_CODES = frozenset(
+    {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
+)
+
+
+def _worded_verdict(
     status: int,
     error: dict[str, Any],
     body: bytes,
     retry_after_s: int | None,
     secrets: tuple[str, ...],
+    *,
+    as_sent: bool = False,
 ) -> Verdict:
-    """A provider's own error. A caller's mistake is passed on in the provider's words."""
-    if status == 429 and error.get("code") == "insufficient_quota":
-        # The provider's words for "the operator's account is empty"; a caller who read them would
-        # take them for our own budget refusal.
+    """An error with words. A caller's mistake is told in the provider's own, and with `as_sent`
+    in its own body."""
+    message = error.get("message")
+    if not isinstance(message, str):
+        message = ""
+    code = _text(error.get("code"))
+    kind = _text(error.get("type"))
+    # Anthropic says it with a 400, OpenAI with a 429. A caller who read it would take it for our
+    # own refusal, or for a mistake in his request.
+    if not {code, kind}.isdisjoint(_NO_CREDIT_CODES) or "credit balance is too low" in message:
         return Verdict(
             Meaning.OPERATOR_FAULT,
             "provider_auth",
@@ -290,23 +310,77 @@ def _provider_verdict(
             status,
             hint="the provider says that the operator's account has no credit left",
         )
+    if _refuses_key(error.get("details")):
+        return Verdict(
+            Meaning.OPERATOR_FAULT,
+            "provider_auth",
+            "bad_token",
+            status,
+            hint="the provider refused the operator's key: check the one stored for it",
+        )
     verdict = _status_verdict(status, retry_after_s)
-    if verdict.meaning is not Meaning.CALLER_ERROR:
+    if (
+        verdict.meaning is not Meaning.CALLER_ERROR
+        or not message
+        or len(body) > _WORDS_LIMIT
+        or _tells(body, secrets)
+    ):
         return verdict
-    message = error.get("message")
-    if not isinstance(message, str) or any(s and s.encode() in body for s in secrets):
-        return verdict
-    openai_shaped = {"message", "type", "param", "code"} <= error.keys()
-    return Verdict(
-        Meaning.CALLER_ERROR,
-        "caller_invalid",
-        "caller_error",
-        status,
-        body=body if openai_shaped else None,
+    return replace(
+        verdict,
+        body=body if as_sent else None,
         message=message[:4096],
-        type=_text(error.get("type")) or "invalid_request_error",
-        code=_text(error.get("code")) or _text(error.get("status")),
+        type=kind or "invalid_request_error",
+        code=code or _text(error.get("status")),
     )
+
+
+def _refuses_key(details: Any) -> bool:
+    """Google says with a 400 that the operator's key is not valid."""
+    return isinstance(details, list) and any(
+        isinstance(detail, dict) and detail.get("reason") == "API_KEY_INVALID" for detail in details
+    )
+
+
+def _wordless_verdict(status: int, retry_after_s: int | None) -> Verdict:
+    """An answer that no chat API writes: a page, plain text, nothing."""
+    if status in (404, 405):
+        return Verdict(
+            Meaning.OPERATOR_FAULT,
+            "provider_error",
+            "bad_upstream",
+            status,
+            hint=f"the upstream answered {status} and no error of a chat API: check its address",
+        )
+    return _status_verdict(status, retry_after_s)
+
+
+_WORDS_LIMIT = 64 * 1024
+"""Bytes of an error body that is passed on; a longer one is a page, not an error."""
+
+_PIECE = 12
+"""Characters of a secret that are too many to pass on: whoever echoes half of it tells it too."""
+
+_ESCAPED = re.compile(r'\\(?:u([0-9a-fA-F]{4})|(["\\/]))')
+
+
+def _tells(body: bytes, secrets: tuple[str, ...]) -> bool:
+    """Whether `body` holds a secret or a piece of one, also behind JSON's escapes, twice over."""
+    if not secrets:
+        return False
+    texts = [body.decode("utf-8", "replace")]
+    for _ in range(2):
+        texts.append(_ESCAPED.sub(_unescaped, texts[-1]))
+    for secret in filter(None, secrets):
+        ends = range(min(_PIECE, len(secret)), len(secret) + 1)
+        pieces = [secret[max(0, end - _PIECE) : end] for end in ends]
+        if any(piece in text for text in texts for piece in pieces):
+            return True
+    return False
+
+
+def _unescaped(match: re.Match[str]) -> str:
+    return chr(int(match[1], 16)) if match[1] else match[2]
 
 
 def _status_verdict(status: int, retry_after_s: int | None) -> Verdict:

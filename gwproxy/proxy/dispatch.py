@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import orjson
 
 from gwproxy.core.chat import ChatRequest
-from gwproxy.core.errors import GatewayError
+from gwproxy.core.errors import Draining, GatewayError
 from gwproxy.core.identity import Principal
 from gwproxy.core.trace import Attempt, Trace
 from gwproxy.core.upstream_words import (
@@ -30,7 +30,7 @@ from gwproxy.core.upstream_words import (
 from gwproxy.log import Log
 from gwproxy.metrics import Metrics
 from gwproxy.proxy.reply import Patience, Reply
-from gwproxy.proxy.upstream import TRUNCATED, Connection, Failure, Origin, Pool, Upstream
+from gwproxy.proxy.upstream import SHUTDOWN, TRUNCATED, Connection, Failure, Origin, Pool, Upstream
 from gwproxy.state.books import Priced, Reservation
 
 _NOT_A_CHAT_ANSWER = Verdict(
@@ -262,6 +262,9 @@ class Sending:
             reply.failure = reply.failure or TRUNCATED
         if reply.failure is not None:
             reservation.unanswered()
+            if reply.failure is SHUTDOWN:
+                # Ours, not the provider's: no other one could do better.
+                raise Draining("This gateway is shutting down.", retry_after_s=1, close=True)
             return _failed(reply.failure)
         body = reply.body()
         if not reply.succeeded:
@@ -284,4 +287,6 @@ class Sending:
 
 
 def _failed(failure: Failure) -> Verdict:
-    return Verdict(Meaning.UPSTREAM_FAILURE, failure.error_type, failure.reason, 502)
+    return Verdict(
+        Meaning.UPSTREAM_FAILURE, failure.error_type, failure.reason, 502, hint=failure.hint
+    )

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from aiohttp import web
+from multidict import istr
 
 from gwproxy.core.errors import (
-    BadRequest,
+    InvalidRequest,
     RequestTimeout,
     RequestTooLarge,
     UnsupportedMediaType,
@@ -20,6 +21,7 @@ BIG_BYTES = 1024 * 1024
 """From here on parsing takes milliseconds of everybody's time, so it is done in turn."""
 
 _JSON = "application/json"
+_EXPECT = istr("Expect")
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -37,21 +39,18 @@ class Intake:
         kind = headers.get("Content-Type", "")
         if kind != _JSON and kind.partition(";")[0].strip().lower() != _JSON:
             # Also keeps out what a browser sends without asking its user first.
-            raise UnsupportedMediaType(
-                "The Content-Type must be application/json.", close=_unread(request)
-            )
+            raise UnsupportedMediaType("The Content-Type must be application/json.")
         if "Content-Encoding" in headers and headers["Content-Encoding"].lower() != "identity":
-            raise UnsupportedMediaType(
-                "Compressed request bodies are not accepted.", close=_unread(request)
-            )
+            raise UnsupportedMediaType("Compressed request bodies are not accepted.")
         length = request.content_length
         if length is not None and length > self._max_body_bytes:
             raise self._too_large()
+        expected = _EXPECT in headers and _continue_expected(request)
         content = request.content
         if content.is_eof():
             body = content.read_nowait()  # it came with its head, as nearly all do
         else:
-            if headers.get("Expect", "").lower() == "100-continue" and request.transport:
+            if expected and request.transport is not None:
                 # Only now that the caller is known: whoever is not gets his answer instead.
                 request.transport.write(_CONTINUE)
             body = await self._wait_for(request)
@@ -77,8 +76,6 @@ class Intake:
             raise RequestTimeout(
                 f"The body did not arrive within {self._body_timeout_s:g} seconds.", close=True
             ) from None
-        except web.RequestPayloadError:
-            raise BadRequest("The body's framing is broken.", close=True) from None
         return b"".join(parts)
 
     def _too_large(self) -> RequestTooLarge:
@@ -87,5 +84,13 @@ class Intake:
         )
 
 
-def _unread(request: web.BaseRequest) -> bool:
-    return not request.content.is_eof()
+def _continue_expected(request: web.BaseRequest) -> bool:
+    """RFC 9110, 10.1.1: 100-continue is the one expectation there is, and HTTP/1.0 has none."""
+    if request.version < (1, 1):
+        return False
+    expectation = ", ".join(request.headers.getall(_EXPECT))
+    if expectation.strip().lower() != "100-continue":
+        raise InvalidRequest(
+            "The one expectation met here is 100-continue.", status=417, code="expectation_failed"
+        )
+    return True

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Iterator
 import orjson
 from aiohttp import web
 
+from gwproxy.core.chat import MODEL_NAME_LIMIT
 from gwproxy.core.errors import ModelNotFound
-from gwproxy.core.identity import Principal
 from gwproxy.core.pricing import PriceBook
-from gwproxy.core.routing import Routes, candidate_of, known
+from gwproxy.core.routing import Candidate, Routes, candidate_of, known
 from gwproxy.core.trace import Trace
 from gwproxy.state.keyring import Keyring
 
@@ -27,26 +27,41 @@ class ModelsHandler:
     ) -> None:
         """`extra`: full names priced by the operator; they count where they can be resolved."""
         self._keyring = keyring
+        self._routes = routes
+        self._prices = prices
         self._clock = clock
         self._owners = dict(_names(routes, prices, extra))
 
     async def list(self, request: web.BaseRequest, trace: Trace) -> web.StreamResponse:
         principal = trace.principal = self._keyring.authenticate(request.headers, self._clock())
-        data = [
-            _model(name, owner) for name, owner in self._owners.items() if _allowed(principal, name)
-        ]
+        owners: Iterable[tuple[str, str | None]] = self._owners.items()
+        if principal.allowed_models is not None:
+            # A key's own list may name a model otherwise than it is listed here.
+            owners = ((name, self._owner(name)) for name in sorted(principal.allowed_models))
+        data = [_model(name, owner) for name, owner in owners if owner is not None]
         return self._response({"object": "list", "data": data}, trace)
 
     async def show(
         self, request: web.BaseRequest, trace: Trace, model_id: str
     ) -> web.StreamResponse:
         principal = trace.principal = self._keyring.authenticate(request.headers, self._clock())
-        owner = self._owners.get(model_id)
-        if owner is None or not _allowed(principal, model_id):
+        allowed = principal.allowed_models
+        owner = self._owner(model_id) if allowed is None or model_id in allowed else None
+        if owner is None:
             raise ModelNotFound(
                 "The model does not exist or this key may not use it.", param="model"
             )
         return self._response(_model(model_id, owner), trace)
+
+    def _owner(self, name: str) -> str | None:
+        """Whose model this is, if it can be called: also by a name that is not listed, such as
+        one with a provider's alias."""
+        owner = self._owners.get(name)
+        if owner is None and len(name) <= MODEL_NAME_LIMIT:
+            for candidate in self._routes.resolve(name) or ():
+                if _priced(self._prices, candidate):
+                    return candidate.provider.name
+        return owner
 
     @staticmethod
     def _response(value: object, trace: Trace) -> web.Response:
@@ -61,8 +76,12 @@ class ModelsHandler:
         )
 
 
-def _allowed(principal: Principal, name: str) -> bool:
-    return principal.allowed_models is None or name in principal.allowed_models
+def _priced(prices: PriceBook, candidate: Candidate) -> bool:
+    """Whether a quote would find a price, as `state/books.py` looks for it."""
+    rate = prices.rate("", candidate.sent) if candidate.verbatim else None
+    if rate is None:
+        rate = prices.rate(candidate.provider.prices, candidate.model)
+    return rate is not None and (rate.overridden or "requests_kcount" not in rate.extras)
 
 
 def _model(name: str, owner: str) -> dict[str, object]:
@@ -74,17 +93,21 @@ def _names(routes: Routes, prices: PriceBook, extra: Iterable[str]) -> Iterator[
     """Every name that resolves and has a price, with its provider: aliases first."""
     for alias in routes.aliases:
         chain = routes.resolve(alias) or ()
-        if any(prices.rate(each.provider.prices, each.model) for each in chain):
+        if any(_priced(prices, candidate) for candidate in chain):
             yield alias, "gwproxy"
     providers = list(routes.providers.values())
     if not providers and routes.serves_catalogue:
         providers = [known(slug) for slug in prices.providers()]
     for provider in providers:
         models = dict.fromkeys(prices.models(provider.prices))
-        if provider.model and prices.rate(provider.prices, provider.model):
+        if provider.model:
             models.setdefault(provider.model)
         for model in models:
-            yield candidate_of(provider, model).sent, provider.name
+            candidate = candidate_of(provider, model)
+            # A model that is asked for without a prefix upstream still needs one here.
+            name = candidate.sent if provider.prefix else f"{provider.name}/{model}"
+            if _priced(prices, candidate) and routes.resolve(name) is not None:
+                yield name, provider.name
     if routes.passthrough is not None:
         for name in extra:
             if "*" not in name:

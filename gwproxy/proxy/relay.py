@@ -80,7 +80,7 @@ class Relay:
         self._wake: asyncio.Future[None] = loop.create_future()
         self._stalled_at = 0.0
         self._last_out_at = self._now()
-        self.failure: Failure | None = reply.failure
+        self.failure: Failure | None = None if events.done else reply.failure
 
     async def run(self) -> None:
         """Relay until the upstream's end. Cancelled when the client leaves."""
@@ -136,7 +136,8 @@ class Relay:
                 self._rouse()
 
     def on_end(self, failure: Failure | None) -> None:
-        self.failure = failure
+        # After [DONE] nothing can be missing, however the connection ended.
+        self.failure = None if self._events.done else failure
         if failure is None:
             last = self._events.finish()
             if last:

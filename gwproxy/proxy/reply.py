@@ -6,14 +6,16 @@ provider may still be tried and the client has seen nothing; at most 64 KiB wait
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from gwproxy.core.meter import Meter
 from gwproxy.core.stream import ChatStream
 from gwproxy.proxy.upstream import (
     ANSWER_TIMEOUT,
+    ENCODED,
     FIRST_BYTE_TIMEOUT,
     IDLE_TIMEOUT,
     TOO_LARGE,
@@ -36,35 +38,24 @@ class Patience:
     answer_s: float
     idle_s: float
     early_commit_s: float
-    """0: never. Above: a stream whose head came is committed after so long without an event."""
+    """0: never. Above: a stream whose head came counts after so long, whatever it has said."""
 
 
 class Reply:
     """The answer of one attempt. `events` is set for a stream, `body()` is there for the rest."""
 
-    __slots__ = (
-        "_asked_stream",
-        "_held",
-        "_held_bytes",
-        "_now",
-        "_on_accepted",
-        "_patience",
-        "answer",
-        "connection",
-        "decided",
-        "drop_usage",
-        "ended",
-        "events",
-        "failure",
-        "first_byte_at",
-        "headers",
-        "last_byte_at",
-        "longest_gap_s",
-        "meter",
-        "sent_at",
-        "status",
-        "whole",
-    )
+    # What holds until it is known better: class attributes cost a new reply nothing.
+    _held_bytes = 0
+    events: ChatStream | None = None
+    status = 0
+    headers: Mapping[str, str] = MappingProxyType({})
+    failure: Failure | None = None
+    ended = False
+    answer: Mapping[str, Any] = MappingProxyType({})
+    """A whole answer parsed, and `whole` its bytes; set by whoever judged it."""
+    whole = b""
+    first_byte_at = 0.0
+    longest_gap_s = 0.0
 
     def __init__(
         self,
@@ -86,22 +77,10 @@ class Reply:
         self._asked_stream = asked_stream
         self._on_accepted = on_accepted
         self._held: list[bytes] = []
-        self._held_bytes = 0
         self.connection = connection
         self.meter = meter
         self.drop_usage = drop_usage
-        self.events: ChatStream | None = None
-        self.status = 0
-        self.headers: dict[str, str] = {}
-        self.failure: Failure | None = None
-        self.ended = False
-        self.answer: dict[str, Any] = {}
-        """A whole answer parsed, and `whole` its bytes; set by whoever judged it."""
-        self.whole = b""
-        self.sent_at = self._now()
-        self.first_byte_at = 0.0
-        self.last_byte_at = self.sent_at
-        self.longest_gap_s = 0.0
+        self.sent_at = self.last_byte_at = now()
 
     @property
     def succeeded(self) -> bool:
@@ -131,7 +110,10 @@ class Reply:
         self.headers = headers
         if self.succeeded:
             self._on_accepted()
-            if self._asked_stream and self.content_type == "text/event-stream":
+            if self.headers.get("content-encoding", "identity").lower() != "identity":
+                # Neither can it be metered, nor does the client know what it would get.
+                self.connection.fail(ENCODED)
+            elif self._asked_stream and self.content_type == "text/event-stream":
                 self.events = ChatStream(self.meter, drop_usage=self.drop_usage)
 
     def on_body(self, data: bytes) -> None:
@@ -162,10 +144,12 @@ class Reply:
         if not self._asked_stream:
             if now - self.sent_at > patience.answer_s:
                 self.connection.fail(ANSWER_TIMEOUT)
+        elif self.events is not None and 0 < patience.early_commit_s < now - self.sent_at:
+            # Whatever came so far, the client has heard nothing yet.
+            self.first_byte_at = self.first_byte_at or now
+            self._decide()
         elif not self.first_byte_at:
-            if self.events is not None and 0 < patience.early_commit_s < now - self.sent_at:
-                self._decide()
-            elif now - self.sent_at > patience.first_byte_s:
+            if now - self.sent_at > patience.first_byte_s:
                 self.connection.fail(FIRST_BYTE_TIMEOUT)
         elif now - self.last_byte_at > patience.idle_s:
             self.connection.fail(IDLE_TIMEOUT)

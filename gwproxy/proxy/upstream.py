@@ -39,14 +39,29 @@ class Failure:
     """The request left, in part or whole: the upstream may have worked on it."""
     stale: bool = False
     """A reused connection had been hung up: the request may be sent once more."""
+    hint: str = ""
+    """What the operator should look at, where that can be said."""
 
 
 CONNECT_FAILED = Failure("connect", "provider_connect", sent=False)
+TLS_FAILED = Failure(
+    "tls",
+    "provider_connect",
+    sent=False,
+    hint="the upstream's certificate or its TLS was not accepted: check the host name, "
+    "and [upstream] ca_file where its authority is a private one",
+)
 CONNECT_TIMEOUT = Failure("connect_timeout", "provider_timeout", sent=False)
 RESET = Failure("reset", "provider_connect", sent=True)
 STALE = Failure("reset", "provider_connect", sent=True, stale=True)
 TRUNCATED = Failure("truncated", "provider_truncated", sent=True)
 GARBAGE = Failure("garbage", "provider_error", sent=True)
+ENCODED = Failure(
+    "garbage",
+    "provider_error",
+    sent=True,
+    hint="the upstream compressed its answer although it was asked not to",
+)
 TOO_LARGE = Failure("too_large", "provider_error", sent=True)
 FIRST_BYTE_TIMEOUT = Failure("first_byte_timeout", "provider_timeout", sent=True)
 ANSWER_TIMEOUT = Failure("answer_timeout", "provider_timeout", sent=True)
@@ -153,18 +168,25 @@ class Connection(asyncio.Protocol):
             self.abort()
             return
         self._answered = True
+        self._head_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self._deliver()
+            if self._complete:
+                # The answer is whole; what follows it answers nothing.
+                self._keep_alive = False
+                self._end()
+            else:
+                self.fail(TRUNCATED if self._head_done else GARBAGE)
+            return
+        if self._body:
+            self._head_bytes = 0
+            self._deliver()
+        elif self._head_bytes > HEAD_LIMIT:
+            # A head without an end, or the trailer of a body.
             self.fail(TRUNCATED if self._head_done else GARBAGE)
             return
-        if not self._head_done:
-            self._head_bytes += len(data)
-            if self._head_bytes > HEAD_LIMIT:
-                self.fail(GARBAGE)
-            return
-        self._deliver()
         if self._complete:
             self._end()
 
@@ -219,7 +241,8 @@ class Connection(asyncio.Protocol):
             raise ValueError("an answer that nobody asked for")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers[_lower(name)] = value.decode("latin-1")
+        if not self._head_done:  # a trailer is no header (RFC 9110, 6.5.1)
+            self._headers[_lower(name)] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
@@ -229,6 +252,8 @@ class Connection(asyncio.Protocol):
             self._headers = {}
             return
         headers = self._headers
+        if self._head_bytes > HEAD_LIMIT and sum(map(len, headers.values())) > HEAD_LIMIT:
+            raise ValueError("a head that came with its end in the last piece, and is too large")
         self._until_close = "content-length" not in headers and "transfer-encoding" not in headers
         self._head_done = True
         if self.exchange is not None:
@@ -304,7 +329,9 @@ class Pool:
                     raise
         except TimeoutError:
             return CONNECT_TIMEOUT
-        except (OSError, ssl.SSLError, ssl.CertificateError):
+        except ssl.SSLError:
+            return TLS_FAILED
+        except OSError:
             return CONNECT_FAILED
         return connection
 

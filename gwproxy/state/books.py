@@ -7,9 +7,10 @@ whose exit settles, so that no way out of a request can forget to.
 import asyncio
 import enum
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
+
+import msgspec
 
 from gwproxy.core.chat import ChatRequest
 from gwproxy.core.errors import ModelNotPriced
@@ -29,6 +30,9 @@ EXACT_PROMPT_BYTES = 256 * 1024
 a larger one by its bytes, so that one settlement cannot hold up every other stream."""
 
 
+_Tokens = tuple[int, int, int, int, int]
+
+
 class Outcome(enum.StrEnum):
     COMPLETED = "completed"
     FAILED = "failed"  # no provider answered
@@ -45,16 +49,14 @@ class _Stage(enum.Enum):
     ANSWERING = enum.auto()
 
 
-@dataclass(frozen=True, slots=True)
-class Priced:
+class Priced(msgspec.Struct, frozen=True):
     """A candidate with the rate of the moment of its quote."""
 
     candidate: Candidate
     rate: Rate
 
 
-@dataclass(frozen=True, slots=True)
-class Quote:
+class Quote(msgspec.Struct, frozen=True):
     """The candidates of one request that have a price, in the order to be tried."""
 
     chat: ChatRequest
@@ -62,14 +64,26 @@ class Quote:
     price_version: str
 
 
+class Spent(msgspec.Struct, frozen=True):
+    """What one attempt has consumed, and who says so."""
+
+    priced: Priced
+    usage: Usage
+    source: str
+
+    @property
+    def cost(self) -> Nanos:
+        return self.priced.rate.cost(self.usage)
+
+
 class Reservation:
     """One admitted request. Leaving its `with` settles whatever was metered, once."""
 
     __slots__ = (
         "_books",
-        "_earlier",
         "_priced",
         "_settled",
+        "_spent",
         "_stage",
         "meter",
         "outcome",
@@ -81,8 +95,8 @@ class Reservation:
         self._books = books
         self._priced: Priced | None = None
         self._stage = _Stage.NOT_SENT
-        self._earlier = 0  # nano-USD of attempts that were sent and never answered
         self._settled = False
+        self._spent: list[Spent] = []  # by attempts that were sent and never answered
         self.quote = quote
         self.trace = trace
         self.meter: Meter | None = None
@@ -98,7 +112,8 @@ class Reservation:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if isinstance(error, asyncio.CancelledError):
+        if isinstance(error, asyncio.CancelledError | ConnectionError):
+            # Cancelled by the server, or found out by us on writing to a closed connection.
             self.outcome = Outcome.CLIENT_LEFT
         self.settle()
 
@@ -126,9 +141,8 @@ class Reservation:
     def unanswered(self) -> None:
         """The attempt ended without an answer: its prompt may have been billed."""
         assert self._priced is not None
-        self._earlier += self._priced.rate.cost(Usage(input=self._prompt_tokens()))
+        self._spent.append(Spent(self._priced, Usage(input=self._prompt_tokens()), "estimated"))
         self._stage = _Stage.NOT_SENT
-        self.outcome = Outcome.UNKNOWN
 
     # -- the end -----------------------------------------------------------------------------
 
@@ -137,62 +151,67 @@ class Reservation:
         if self._settled:
             return
         self._settled = True
-        trace, priced = self.trace, self._priced
-        usage, source = Usage(), "estimated"
-        cost = Nanos(self._earlier)
-        if priced is not None and self._stage is not _Stage.NOT_SENT:
-            usage, source = self._measure()
-            cost = Nanos(cost + priced.rate.cost(usage))
+        trace, metrics, spent = self.trace, self._books.metrics, self._spent
         outcome = self.outcome
         if outcome is None:
-            answered = self._stage is _Stage.ANSWERING
-            outcome = Outcome.COMPLETED if answered else Outcome.FAILED
+            if self._stage is _Stage.ANSWERING:
+                outcome = Outcome.COMPLETED
+            else:
+                outcome = Outcome.UNKNOWN if spent else Outcome.FAILED
+        if self._stage is not _Stage.NOT_SENT:
+            spent.append(self._measure())
+        cost, tokens = 0, _NO_TOKENS
+        for each in spent:
+            usage, candidate, nanos = each.usage, each.priced.candidate, each.cost
+            consumed = (
+                usage.input,
+                usage.cache_read,
+                usage.cache_write,
+                usage.output,
+                usage.reasoning,
+            )
+            trace.source = each.source
+            cost += nanos
+            # One attempt is all that nearly every request has.
+            tokens = consumed if tokens is _NO_TOKENS else _added(tokens, consumed)
+            metrics.settled(
+                candidate.provider.name,
+                candidate.model,
+                each.source,
+                consumed,
+                nanos / NANOS_PER_USD,
+            )
         trace.outcome = outcome
-        trace.source = source if cost or usage.input or usage.output else ""
         trace.cost_nanos = cost
         trace.price_version = self.quote.price_version
-        trace.tokens = (
-            usage.input,
-            usage.cache_read,
-            usage.cache_write,
-            usage.output,
-            usage.reasoning,
-        )
-        metrics = self._books.metrics
+        trace.tokens = tokens
         metrics.holds_open.value -= 1
         metrics.settlement(outcome).value += 1
-        if trace.source and priced is not None:
-            candidate = priced.candidate
-            metrics.settled(
-                candidate.provider.name, candidate.model, source, trace.tokens, cost / NANOS_PER_USD
-            )
 
-    def _measure(self) -> tuple[Usage, str]:
-        """The tokens of the attempt under way, and who says so."""
-        meter = self.meter
-        assert meter is not None, "an attempt that was sent has a meter"
+    def _measure(self) -> Spent:
+        """What the attempt under way has consumed."""
+        meter, priced = self.meter, self._priced
+        assert meter is not None and priced is not None, "an attempt that was sent has both"
         reported = meter.usage
         if reported is not None and self.outcome in (None, Outcome.COMPLETED):
-            return reported, "provider"
-        assert self._priced is not None
+            return Spent(priced, reported, "provider")
         if self._stage is _Stage.SENT:
-            return Usage(input=self._prompt_tokens()), "estimated"
-        counted = scale(meter.counted(), family_factor(self._priced.candidate.model))
+            return Spent(priced, Usage(input=self._prompt_tokens()), "estimated")
+        counted = scale(meter.counted(), family_factor(priced.candidate.model))
         if reported is None:
-            return Usage(input=self._prompt_tokens(), output=counted), "counted"
+            counted_usage = Usage(input=self._prompt_tokens(), output=counted)
+            return Spent(priced, counted_usage, "counted")
         if counted <= reported.output:
-            return reported, "provider"
+            return Spent(priced, reported, "provider")
         # The stream went on after the last running total that the provider gave.
-        return (
-            Usage(
-                input=reported.input,
-                cache_read=reported.cache_read,
-                cache_write=reported.cache_write,
-                output=counted,
-                reasoning=reported.reasoning,
-            ),
-            "counted",
+        longer = Usage(
+            input=reported.input,
+            cache_read=reported.cache_read,
+            cache_write=reported.cache_write,
+            output=counted,
+            reasoning=reported.reasoning,
         )
+        return Spent(priced, longer, "counted")
 
     def _prompt_tokens(self) -> int:
         assert self._priced is not None
@@ -202,6 +221,14 @@ class Reservation:
         else:
             tokens = prompt_tokens(chat.body, self._books.count)
         return scale(tokens, family_factor(self._priced.candidate.model))
+
+
+_NO_TOKENS = (0, 0, 0, 0, 0)
+
+
+def _added(one: _Tokens, other: _Tokens) -> _Tokens:
+    a, b, c, d, e = (x + y for x, y in zip(one, other, strict=True))
+    return a, b, c, d, e
 
 
 class Books:
