@@ -52,8 +52,7 @@ def sends(
 
 async def flushed(wire: Wire) -> None:
     """All that was written is in the kernel's hands: a reset would throw away what is not."""
-    while wire.writer.transport.get_write_buffer_size():
-        await asyncio.sleep(0)
+    await until(lambda: not wire.writer.transport.get_write_buffer_size())
 
 
 async def stay_silent(wire: Wire, received: Received) -> None:
@@ -130,14 +129,19 @@ async def metric(front: Front, name: str, **labels: str) -> float:
 
 async def assert_nothing_left(front: Front, *upstreams: Upstream, connections: int = 0) -> None:
     """No hold, no stream, and no upstream connection but so many idle ones."""
-    async with asyncio.timeout(5):
-        while sum(upstream.open for upstream in upstreams) > connections:
-            await asyncio.sleep(0.005)
-        for name in ("gwproxy_holds_open", "gwproxy_streams_open"):
-            while await metric(front, name):
-                await asyncio.sleep(0.005)
-    assert not [connection for pool in pools(front) for connection in pool.active]
-    assert sum(upstream.open for upstream in upstreams) == connections
+    await until(lambda: not [each for pool in pools(front) for each in pool.active])
+    await until(lambda: sum(upstream.open for upstream in upstreams) == connections)
+    for name in ("gwproxy_holds_open", "gwproxy_streams_open"):
+        assert await metric(front, name) == 0, name
+
+
+async def until(condition: Callable[[], bool], within_s: float = 5.0) -> None:
+    """Wait for what has no event to wait for: it happens in the gateway or in the kernel."""
+    async with asyncio.timeout(within_s):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0.001)
 
 
 def pools(front: Front) -> Sequence[Pool]:

@@ -111,7 +111,7 @@ def test_where_a_name_leads_when_the_upstream_wants_a_prefix(
         ("mock/echo", "upstream", "mock/echo", "mock/echo", "openai"),
         ("meta-llama/llama-4/x", "upstream", "meta-llama/llama-4/x", "meta-llama/llama-4/x", ...),
         ("qwen3", "upstream", "qwen3", "qwen3", "openai"),
-        ("openai/", "upstream", "", "openai/", "openai"),
+        ("openai/", "upstream", "openai/", "openai/", "openai"),
         ("/x", "upstream", "/x", "/x", "openai"),
     ],
 )

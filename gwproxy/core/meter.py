@@ -133,6 +133,15 @@ class Meter:
             flags |= ERROR
         return flags
 
+    def observe_usage(self, answer: dict[str, Any]) -> bool:
+        """Reads of a whole answer only what the provider has counted; False when it has not."""
+        usage = answer.get("usage")
+        if not usage or type(usage) is not dict:
+            return False
+        self.events += 1
+        self._usage = usage
+        return True
+
     def observe_answer(self, answer: object) -> int:
         """Reads a whole chat completion, the answer to a request without `stream`."""
         return self.observe(answer, "message")

@@ -133,8 +133,8 @@ class Routes:
     @staticmethod
     def _as_it_came(provider: Provider, name: str) -> Candidate:
         """Sent as it was named, and priced by what the name says."""
-        head, slash, rest = name.partition("/")
-        slug = CATALOGUE.get(head) if slash else None
+        head, _, rest = name.partition("/")
+        slug = CATALOGUE.get(head) if rest else None
         if slug is not None:
             provider = replace(provider, prices=slug)
         return Candidate(provider, rest if slug else name, name, verbatim=True)

@@ -275,7 +275,8 @@ class Sending:
         except orjson.JSONDecodeError:
             answer = None
         if isinstance(answer, dict) and isinstance(answer.get("choices"), list):
-            reply.meter.observe_answer(answer)
+            if not reply.meter.observe_usage(answer):
+                reply.meter.observe_answer(answer)
             reply.answer = answer
             reply.whole = body
             return reply

@@ -128,7 +128,7 @@ class Connection(asyncio.Protocol):
         self.exchange = exchange
         self._sent_at = self._pool.now()
         self._pool.active.add(self)
-        self._transport.writelines((head, body))
+        self._transport.write(head + body)
 
     def is_usable(self) -> bool:
         return not self.lost and not self._transport.is_closing()

@@ -1,0 +1,323 @@
+"""The log: one line of JSON each, whatever is in it, and never in anybody's way."""
+
+import asyncio
+import io
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gwproxy import log as log_module
+from gwproxy.log import LEVELS, ForeignRecords, Log, capture_libraries, render
+
+SECRET = "gw_live_a-key-or-a-prompt"
+
+
+class Stuck(io.StringIO):
+    """A reader that takes nothing until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered = threading.Event()
+        self.free = threading.Event()
+
+    def write(self, text: str) -> int:
+        self.entered.set()
+        self.free.wait(10)
+        return super().write(text)
+
+
+class Gone(io.StringIO):
+    """A reader that has hung up, and comes back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.broken = True
+        self.tried = threading.Event()
+
+    def write(self, text: str) -> int:
+        if self.broken:
+            self.tried.set()
+            raise BrokenPipeError
+        return super().write(text)
+
+
+def lines(stream: io.StringIO) -> list[dict[str, Any]]:
+    text = stream.getvalue()
+    assert not text or text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def written(level: str, *events: tuple[str, str]) -> list[str]:
+    stream = io.StringIO()
+    log = Log(stream, level)
+    log.start()
+    for each, event in events:
+        log.event(each, event)
+    log.stop()
+    return [line["event"] for line in lines(stream)]
+
+
+# -- lines -----------------------------------------------------------------------------------------
+
+
+def test_a_line_is_an_object_with_its_time_its_level_and_its_event_first() -> None:
+    line = render(1767225600.0625, "info", "request", {"status": 200, "tokens": {"input": 1}})
+    assert line == (
+        '{"time":"2026-01-01T00:00:00.062Z","level":"info","event":"request",'
+        '"status":200,"tokens":{"input":1}}\n'
+    )
+    assert datetime.fromisoformat(json.loads(line)["time"]).tzinfo is not None
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.floats(0, 4e9))
+def test_foreign_text_cannot_forge_a_line(text: str, time_s: float) -> None:
+    line = render(time_s, "info", "request", {"model": text, text: [text]})
+    assert line.count("\n") == 1
+    assert line.endswith("\n")
+    assert len(line.encode().splitlines()) == 1
+    value = json.loads(line)
+    if text not in ("time", "level", "event", "model"):
+        assert (value["model"], value[text]) == (text, [text])
+
+
+def test_a_record_is_asked_for_its_fields_only_when_it_is_written() -> None:
+    asked = threading.Event()
+
+    class Late:
+        def fields(self) -> dict[str, Any]:
+            asked.set()
+            return {"thread": threading.current_thread().name}
+
+    stream = io.StringIO()
+    log = Log(stream)
+    log.record("info", "request", Late())
+    assert not asked.is_set()
+    log.start()
+    log.stop()
+    assert lines(stream)[0]["thread"] == "log"
+
+
+@pytest.mark.parametrize("threshold", LEVELS)
+def test_what_is_below_the_threshold_is_not_written(threshold: str) -> None:
+    names = list(LEVELS)
+    kept = names[names.index(threshold) :]
+    assert written(threshold, *((each, each) for each in names)) == kept
+    assert Log(io.StringIO(), threshold).debugging == (threshold == "debug")
+
+
+def test_an_unknown_level_is_a_mistake_of_the_code() -> None:
+    with pytest.raises(KeyError):
+        Log(io.StringIO()).event("fatal", "x")
+
+
+class Unwritable:
+    def fields(self) -> dict[str, Any]:
+        raise RuntimeError("a record that cannot tell its line")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"text": "half a pair: \ud800"},
+        {"number": 2**70},
+        {1: "a key that is no text"},
+        Unwritable(),
+    ],
+    ids=["surrogate", "number", "key", "record"],
+)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_line_that_cannot_be_written_costs_itself_and_no_other(fields: Any) -> None:
+    stream = io.StringIO()
+    log = Log(stream)
+    log.start()
+    log.event("info", "before")
+    log.record("info", "odd", fields)
+    log.event("info", "after")
+    log.stop()
+    events = [line["event"] for line in lines(stream)]
+    assert events[0] == "before"
+    assert events[-1] == "after"
+
+
+# -- a reader that is slow, or gone ----------------------------------------------------------------
+
+
+def test_a_reader_that_stands_still_holds_up_nobody_and_costs_counted_lines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(log_module, "BACKLOG_LIMIT", 100)
+    stream = Stuck()
+    log = Log(stream)
+    log.start()
+    log.event("info", "first")
+    assert stream.entered.wait(5)
+    slowest = 0.0
+    for number in range(1000):
+        began = time.perf_counter()
+        log.event("info", "line", number=number)
+        slowest = max(slowest, time.perf_counter() - began)
+    assert slowest < 1
+    assert len(log._lines) == 100
+    stream.free.set()
+    log.stop()
+    found = lines(stream)
+    assert [line["event"] for line in found[:101]] == ["first"] + ["line"] * 100
+    assert [line["number"] for line in found[1:101]] == list(range(100))
+    dropped = [line for line in found if line["event"] == "log lines dropped"]
+    assert (sum(line["count"] for line in dropped), dropped[0]["level"]) == (900, "warning")
+
+
+def test_a_stop_waits_a_second_at_most_for_a_reader_that_stands_still() -> None:
+    stream = Stuck()
+    log = Log(stream)
+    log.start()
+    log.event("info", "x")
+    assert stream.entered.wait(5)
+    began = time.monotonic()
+    log.stop()
+    assert time.monotonic() - began < 3
+    stream.free.set()
+
+
+def test_lines_that_nobody_took_are_counted_once_somebody_reads_again() -> None:
+    stream = Gone()
+    log = Log(stream)
+    log.start()
+    for _ in range(7):
+        log.event("info", "lost")
+    assert stream.tried.wait(5)
+    stream.broken = False
+    log.event("info", "kept")
+    log.stop()
+    found = lines(stream)
+    kept = sum(line["event"] in ("kept", "lost") for line in found)
+    dropped = sum(line["count"] for line in found if line["event"] == "log lines dropped")
+    assert any(line["event"] == "kept" for line in found)
+    assert dropped >= 1
+    assert kept + dropped == 8
+
+
+def test_a_stop_writes_all_that_was_queued_in_order() -> None:
+    stream = io.StringIO()
+    log = Log(stream)
+    log.start()
+    for number in range(1234):
+        log.event("info", "line", number=number)
+    log.stop()
+    assert [line["number"] for line in lines(stream)] == list(range(1234))
+
+
+def test_lines_come_while_the_process_lives_and_not_only_at_its_end() -> None:
+    class Telling(io.StringIO):
+        came = threading.Event()
+
+        def flush(self) -> None:
+            self.came.set()
+
+    stream = Telling()
+    log = Log(stream)
+    log.start()
+    log.event("info", "x")
+    assert stream.came.wait(5)
+    assert lines(stream)[0]["event"] == "x"
+    log.stop()
+
+
+# -- libraries -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def foreign() -> Iterator[tuple[logging.Logger, io.StringIO, Log]]:
+    """A library's logger whose records go into a log of ours."""
+    stream = io.StringIO()
+    log = Log(stream, "debug")
+    logger = logging.Logger("library")
+    logger.addHandler(ForeignRecords(log))
+    log.start()
+    yield logger, stream, log
+    log.stop()
+
+
+def test_of_a_librarys_record_its_arguments_and_its_exceptions_words_are_left_out(
+    foreign: tuple[logging.Logger, io.StringIO, Log],
+) -> None:
+    logger, stream, log = foreign
+    try:
+        raise ValueError(SECRET)
+    except ValueError:
+        logger.exception("Error handling request from %s: %r", SECRET, {"key": SECRET})
+    logger.warning("odd: %(key)s", {"key": SECRET})
+    logger.warning(ValueError(SECRET))
+    logger.info("not worth a line")
+    log.stop()
+    assert SECRET not in stream.getvalue()
+    first, second, third = lines(stream)
+    assert (first["event"], first["level"]) == ("library message", "error")
+    assert (first["logger"], first["exception"]) == ("library", "ValueError")
+    assert first["where"].startswith("test_log:")
+    assert (second["level"], second["exception"]) == ("warning", None)
+    assert third["event"] == "library message"
+
+
+def test_a_message_that_a_library_put_together_itself_is_left_out(
+    foreign: tuple[logging.Logger, io.StringIO, Log],
+) -> None:
+    logger, stream, log = foreign
+    logger.error(f"could not read {SECRET}")
+    logger.error("could not read " + SECRET + " at %d", 7)
+    log.stop()
+    assert len(lines(stream)) == 2
+    assert SECRET not in stream.getvalue()
+
+
+@pytest.fixture
+def captured() -> Iterator[tuple[io.StringIO, Log]]:
+    """The process's own logging, captured as `serve` does it, and put back."""
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    stream = io.StringIO()
+    log = Log(stream)
+    capture_libraries(log)
+    log.start()
+    yield stream, log
+    log.stop()
+    root.handlers[:], level = before
+    root.setLevel(level)
+
+
+async def test_what_the_event_loop_says_of_a_lost_exception_holds_nothing_of_a_request(
+    captured: tuple[io.StringIO, Log],
+) -> None:
+    stream, log = captured
+
+    class Request:
+        def __repr__(self) -> str:
+            return f"<Request {SECRET}>"
+
+    loop = asyncio.get_running_loop()
+    loop.call_exception_handler(
+        {"message": "Fatal error on transport", "protocol": Request(), "exception": OSError(SECRET)}
+    )
+    log.stop()
+    (line,) = lines(stream)
+    assert (line["logger"], line["exception"]) == ("asyncio", "OSError")
+    assert SECRET not in stream.getvalue()
+
+
+def test_captured_libraries_write_nothing_of_their_own(
+    captured: tuple[io.StringIO, Log], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream, log = captured
+    logging.getLogger("aiohttp.server").error("Error handling request from %s", "10.0.0.1")
+    logging.getLogger("aiohttp.server").info("chatter")
+    log.stop()
+    assert [line["logger"] for line in lines(stream)] == ["aiohttp.server"]
+    assert capsys.readouterr() == ("", "")
