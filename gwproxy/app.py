@@ -24,6 +24,7 @@ from gwproxy.admin.health import Health
 from gwproxy.admin.routes import Admin
 from gwproxy.admin.routes import routes as admin_routes
 from gwproxy.config import Config, Listen
+from gwproxy.core.errors import StorageUnavailable
 from gwproxy.core.pricing import PriceBook
 from gwproxy.core.routing import CATALOGUE, Link, Provider, Routes, max_tokens_field
 from gwproxy.core.tokens import ByteEstimate, Counter, choose_counter
@@ -38,7 +39,7 @@ from gwproxy.proxy.upstream import Upstream
 from gwproxy.state.books import Books
 from gwproxy.state.directory import Directory
 from gwproxy.state.keyring import Keyring
-from gwproxy.storage.database import Database
+from gwproxy.storage.database import HAS_WAL_RESET_BUG, SQLITE_VERSION, Database
 from gwproxy.web import Front, Listener, Route, Router, request_ids
 
 BACKLOG: Final = 4096
@@ -85,6 +86,12 @@ class App:
         config = self.config
         for warning in config.warnings:
             self.log.event("warning", "configuration", message=warning)
+        if HAS_WAL_RESET_BUG:
+            self.log.event(
+                "warning",
+                "old SQLite: one writer keeps its WAL-reset bug (fixed in 3.51.3) out of reach",
+                version=SQLITE_VERSION,
+            )
         if config.admin.key is None:
             self.log.event("info", "admin key not set: the bootstrap key is off")
         counter = self._counter or choose_counter(assets.ranks())
@@ -100,7 +107,8 @@ class App:
         self._cleanups.append(database.close)
         keyring = Keyring()
         directory = await Directory.open(database, keyring, time.time, secrets.randbelow)
-        self._cleanups.append(directory.flush)
+        self._directory = directory
+        self._cleanups.append(self._store_key_use)
 
         upstream = self._open_upstream(metrics)
         self._upstream = upstream
@@ -157,7 +165,6 @@ class App:
         else:
             await self._listen(config.server.listen, [*public, *checks], ids, metrics)
             await self._listen(config.admin.listen, [*checks, *admin, scrape], ids, metrics)
-        self._directory = directory
 
     def _open_upstream(self, metrics: Metrics) -> Upstream:
         config = self.config.upstream
@@ -254,14 +261,22 @@ class App:
     async def run(self, stopping: asyncio.Event) -> None:
         """Background work until `stopping` is set."""
         async with asyncio.TaskGroup() as group:
-            storing = group.create_task(self._store_key_use())
+            storing = group.create_task(self._keep_storing_key_use())
             await stopping.wait()
             storing.cancel()
 
-    async def _store_key_use(self) -> None:
+    async def _keep_storing_key_use(self) -> None:
         while True:
             await asyncio.sleep(KEY_USE_STORED_EVERY_S)
+            await self._store_key_use()
+
+    async def _store_key_use(self) -> None:
+        try:
             await self._directory.flush()
+        except StorageUnavailable as error:
+            # When keys were last used can wait; what serves requests is in memory.
+            cause = type(error.__cause__).__name__ if error.__cause__ else None
+            self.log.event("error", "storage unavailable", exception=cause)
 
     async def stop(self) -> None:
         """Refuse what is new, let streams finish for `drain_s`, end the rest and settle it."""

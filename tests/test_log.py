@@ -15,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gwproxy import log as log_module
+from gwproxy.core.identity import Principal
+from gwproxy.core.trace import Attempt, Trace
 from gwproxy.log import LEVELS, ForeignRecords, Log, capture_libraries, render
 
 SECRET = "gw_live_a-key-or-a-prompt"
@@ -52,7 +54,7 @@ class Gone(io.StringIO):
 def lines(stream: io.StringIO) -> list[dict[str, Any]]:
     text = stream.getvalue()
     assert not text or text.endswith("\n")
-    return [json.loads(line) for line in text.splitlines()]
+    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def written(level: str, *events: tuple[str, str]) -> list[str]:
@@ -88,23 +90,6 @@ def test_foreign_text_cannot_forge_a_line(text: str, time_s: float) -> None:
         assert (value["model"], value[text]) == (text, [text])
 
 
-def test_a_record_is_asked_for_its_fields_only_when_it_is_written() -> None:
-    asked = threading.Event()
-
-    class Late:
-        def fields(self) -> dict[str, Any]:
-            asked.set()
-            return {"thread": threading.current_thread().name}
-
-    stream = io.StringIO()
-    log = Log(stream)
-    log.record("info", "request", Late())
-    assert not asked.is_set()
-    log.start()
-    log.stop()
-    assert lines(stream)[0]["thread"] == "log"
-
-
 @pytest.mark.parametrize("threshold", LEVELS)
 def test_what_is_below_the_threshold_is_not_written(threshold: str) -> None:
     names = list(LEVELS)
@@ -118,33 +103,93 @@ def test_an_unknown_level_is_a_mistake_of_the_code() -> None:
         Log(io.StringIO()).event("fatal", "x")
 
 
-class Unwritable:
-    def fields(self) -> dict[str, Any]:
-        raise RuntimeError("a record that cannot tell its line")
-
-
 @pytest.mark.parametrize(
     "fields",
-    [
-        {"text": "half a pair: \ud800"},
-        {"number": 2**70},
-        {1: "a key that is no text"},
-        Unwritable(),
-    ],
-    ids=["surrogate", "number", "key", "record"],
+    [{"text": "half a pair: \ud800"}, {"number": 2**70}, {"nested": {(1, 2): 3}}],
+    ids=["surrogate", "number", "key"],
 )
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_line_that_cannot_be_written_costs_itself_and_no_other(fields: Any) -> None:
+def test_a_line_that_cannot_be_written_troubles_neither_its_writer_nor_the_others(
+    fields: dict[str, Any],
+) -> None:
     stream = io.StringIO()
     log = Log(stream)
     log.start()
     log.event("info", "before")
-    log.record("info", "odd", fields)
+    log.event("info", "odd", **fields)
     log.event("info", "after")
     log.stop()
     events = [line["event"] for line in lines(stream)]
     assert events[0] == "before"
     assert events[-1] == "after"
+
+
+# -- the line of a request -------------------------------------------------------------------------
+
+WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+
+
+def request_lines(trace: Trace, level: str = "info") -> list[dict[str, Any]]:
+    stream = io.StringIO()
+    log = Log(stream, level)
+    log.start()
+    log.members("request", trace.json())
+    log.stop()
+    return lines(stream)
+
+
+@given(WORDS, WORDS, WORDS, WORDS)
+def test_what_a_caller_or_an_upstream_said_cannot_forge_a_requests_line(
+    model: str, theirs: str, log_id: str, code: str
+) -> None:
+    trace = Trace("req_1", 1.0)
+    trace.model, trace.provider_model, trace.log_id = model, theirs, log_id
+    trace.error_type, trace.error_code = "caller_invalid", code
+    trace.attempts.append(Attempt("openai", theirs))
+    text = trace.json()
+    assert "\n" not in text
+    assert "\r" not in text
+    line = json.loads("{" + text + "}")
+    assert (line["model"], line["cf_aig_log_id"], line["error_code"]) == (model, log_id, code)
+    assert line["attempts"][0]["model"] == theirs
+
+
+def test_the_line_of_a_request_says_all_that_is_known_of_it() -> None:
+    trace = Trace("req_1", 10.0)
+    trace.route, trace.model, trace.stream = "chat", "auto", True
+    trace.principal = Principal("key_1", "alice", "acme", None, None)
+    first, second = Attempt("gemini", "gemini-2.5-pro"), Attempt("openai", "gpt-4o")
+    first.status, first.reason, first.duration_s = 503, "status_503", 0.5
+    second.status, second.duration_s = 200, 1.25
+    trace.attempts += [first, second]
+    trace.provider, trace.provider_model = "openai", "gpt-4o"
+    trace.sent_at, trace.first_byte_at, trace.ended_at = 10.5, 10.75, 12.0
+    trace.status, trace.outcome, trace.source = 200, "completed", "provider"
+    trace.tokens, trace.cost_nanos, trace.price_version = (5, 1, 2, 7, 3), 12_345, "2026-11"
+    trace.log_id = "01JX"
+    (line,) = request_lines(trace)
+    assert datetime.fromisoformat(line.pop("time"))
+    assert line == {
+        **{"level": "info", "event": "request", "request_id": "req_1", "route": "chat"},
+        **{"status": 200, "duration_ms": 2000.0, "gateway_ms": 500.0, "upstream_ms": 250.0},
+        **{"user_id": "alice", "org_id": "acme", "key_id": "key_1", "model": "auto"},
+        **{"stream": True, "provider": "openai", "cf_aig_log_id": "01JX"},
+        "attempts": [
+            {
+                **{"provider": "gemini", "model": "gemini-2.5-pro", "status": 503},
+                **{"duration_ms": 500.0, "reason": "status_503"},
+            },
+            {"provider": "openai", "model": "gpt-4o", "status": 200, "duration_ms": 1250.0},
+        ],
+        "tokens": {"input": 5, "cache_read": 1, "cache_write": 2, "output": 7, "reasoning": 3},
+        **{"outcome": "completed", "cost_nanos": 12_345, "source": "provider"},
+        "price_version": "2026-11",
+    }
+
+
+def test_the_line_of_a_request_of_which_nothing_is_known() -> None:
+    (line,) = request_lines(Trace("req_1", 1.0))
+    assert (line["event"], line["route"], line["status"]) == ("request", "other", 0)
+    assert request_lines(Trace("req_1", 1.0), "warning") == []
 
 
 # -- a reader that is slow, or gone ----------------------------------------------------------------

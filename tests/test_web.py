@@ -364,6 +364,11 @@ async def test_an_endless_header_is_cut_off_and_the_answer_arrives(front: Front)
         while not answering.done() and await peer.flood(b"a" * 65536):
             pass
         assert_refusal(await answering, 431, "request_too_large")
+        for _ in range(4):
+            # A client that is still sending would lose the answer to a reset.
+            assert await peer.flood(b"a" * 65536)
+            await asyncio.sleep(0.05)
+        assert await peer.rest() == b""
 
 
 SLOW = "[limits]\nheader_timeout_s = 0.3\nkeepalive_timeout_s = 1.2\n"

@@ -98,8 +98,8 @@ class Relay:
                 self._stalled_at = 0.0
                 # Silence that we ordered is not the upstream's.
                 reply.last_byte_at = self._now()
-                reply.connection.resume()
-                continue
+            # Also where the client had caught up before this task woke.
+            reply.connection.resume()
             self._wake = self._loop.create_future()
             await self._wake
 
