@@ -6,6 +6,7 @@ What is logged is decided by the caller, and no caller hands over a key, a promp
 """
 
 import functools
+import json
 import logging
 import sys
 import threading
@@ -41,11 +42,11 @@ class Log:
         if LEVELS[level] >= self._threshold:
             self._queue(render(time.time(), level, event, fields))
 
-    def members(self, event: str, json: str) -> None:
+    def members(self, event: str, text: str) -> None:
         """Queue one line of level info, its members given as JSON: for the line of each request."""
         if self._threshold <= LEVELS["info"]:
             stamp = _stamp(time.time())
-            self._queue(f'{{"time":"{stamp}","level":"info","event":"{event}",{json}}}\n')
+            self._queue(f'{{"time":"{stamp}","level":"info","event":"{event}",{text}}}\n')
 
     def _queue(self, line: str) -> None:
         if len(self._lines) >= BACKLOG_LIMIT:
@@ -95,7 +96,11 @@ class Log:
 def render(time_s: float, level: str, event: str, fields: dict[str, Any]) -> str:
     """One line. Foreign text is escaped by JSON, so that nobody can forge a second line."""
     line = {"time": _stamp(time_s), "level": level, "event": event, **fields}
-    return orjson.dumps(line, default=str, option=orjson.OPT_APPEND_NEWLINE).decode()
+    try:
+        return orjson.dumps(line, default=str, option=orjson.OPT_APPEND_NEWLINE).decode()
+    except TypeError:
+        # Half a surrogate pair, or an integer beyond 64 bits: seldom, and no reason to lose a line.
+        return json.dumps(line, default=str) + "\n"
 
 
 def _stamp(time_s: float) -> str:
@@ -110,8 +115,9 @@ def _second(time_s: int) -> str:
 class ForeignRecords(logging.Handler):
     """Lines of libraries, cut down to what cannot hold a secret.
 
-    aiohttp's server logs a malformed request whole, credentials and prompt included, so of its
-    records only the place and the kind of the exception are kept.
+    aiohttp's server logs a malformed request whole, credentials and prompt included, and others
+    put their messages together themselves: so of a record only the place and the kind of the
+    exception are kept.
     """
 
     def __init__(self, log: Log) -> None:
@@ -124,7 +130,6 @@ class ForeignRecords(logging.Handler):
             "error" if record.levelno >= logging.ERROR else "warning",
             "library message",
             logger=record.name,
-            template=record.msg if isinstance(record.msg, str) else type(record.msg).__name__,
             exception=exception,
             where=f"{record.module}:{record.lineno}",
         )

@@ -21,7 +21,6 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from gwproxy import __version__
-from gwproxy.core.trace import TOKEN_KINDS
 
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 
@@ -29,6 +28,9 @@ OTHER: Final = "other"
 
 MODEL_LABELS: Final = 200
 """Distinct model labels. The price table knows thousands; each one is rows in every scrape."""
+
+TOKEN_KINDS: Final = ("input", "cache_read", "cache_write", "output", "reasoning")
+"""The values of the label `type`; reasoning is part of the output."""
 
 _REMEMBERED: Final = 4096
 """Combinations kept for a quick look-up. A caller has a say in them, so they are bounded."""

@@ -105,8 +105,8 @@ def test_an_unknown_level_is_a_mistake_of_the_code() -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"text": "half a pair: \ud800"}, {"number": 2**70}, {"nested": {(1, 2): 3}}],
-    ids=["surrogate", "number", "key"],
+    [{"text": "half a pair: \ud800"}, {"number": 2**70}],
+    ids=["surrogate", "number"],
 )
 def test_a_line_that_cannot_be_written_troubles_neither_its_writer_nor_the_others(
     fields: dict[str, Any],

@@ -162,6 +162,9 @@ class Stage:
 
 SetUp = Callable[..., Awaitable[Stage]]
 
+either = pytest.mark.parametrize("kind", ["async"], indirect=True)
+"""For what both clients share: how they read an answer, and what is in it."""
+
 
 @pytest.fixture
 async def demo() -> AsyncIterator[DemoUpstream]:
@@ -243,6 +246,7 @@ async def test_usage_comes_last_for_who_asked(set_up: SetUp, flavour: str) -> No
     assert tokens["output"] == usage.completion_tokens
 
 
+@either
 async def test_every_providers_manners_reach_the_sdk(stage: Stage) -> None:
     sdk = stage.sdk()
     for model in (
@@ -263,12 +267,14 @@ async def test_every_providers_manners_reach_the_sdk(stage: Stage) -> None:
         assert (model, heard.finish) == (model, ["stop"])
 
 
+@either
 async def test_every_character_survives(stage: Stage) -> None:
     said = 'Grüße, 世界!\n\n  Zwei  Leerzeichen 😀👩‍👩‍👧 \t_und_ \u2028 \\ " \x7f Ende '
     heard = await stage.sdk().stream("mock/echo+split-1", [{"role": "user", "content": said}])
     assert heard.text == said
 
 
+@either
 async def test_two_choices_are_kept_apart(stage: Stage) -> None:
     answer = await stage.sdk().chat(n=2)
     heard = await stage.sdk().stream(n=2)
@@ -278,6 +284,7 @@ async def test_two_choices_are_kept_apart(stage: Stage) -> None:
     assert heard.finish == ["stop", "stop"]
 
 
+@either
 async def test_a_limit_is_passed_on(stage: Stage) -> None:
     answer = await stage.sdk().chat(max_completion_tokens=5)
     assert answer.choices[0].finish_reason == "length"
@@ -286,6 +293,7 @@ async def test_a_limit_is_passed_on(stage: Stage) -> None:
     assert answer.usage.completion_tokens == 5
 
 
+@either
 async def test_fields_that_we_do_not_know_reach_the_upstream(stage: Stage) -> None:
     await stage.sdk().chat(temperature=0.25, extra_body={"top_k": 40, "new": {"of": ["a", 1]}})
     sent = json.loads(stage.demo.requests[0]["body"])
@@ -346,6 +354,7 @@ async def test_a_tool_call_is_the_same_streamed_and_whole(stage: Stage) -> None:
         assert json.loads(helped.function.arguments) == arguments
 
 
+@either
 @pytest.mark.parametrize("streamed", [False, True])
 async def test_geminis_signature_survives_both_ways(stage: Stage, streamed: bool) -> None:
     wish = {"tools": TOOLS, "tool_choice": "required"}
@@ -375,6 +384,7 @@ async def test_geminis_signature_survives_both_ways(stage: Stage, streamed: bool
 # Around the answer.
 
 
+@either
 @pytest.mark.parametrize("flavour", FLAVOURS)
 async def test_a_raw_response_has_our_headers(set_up: SetUp, flavour: str) -> None:
     stage = await set_up(flavour)
@@ -413,6 +423,7 @@ async def test_a_raw_stream_has_our_headers(stage: Stage) -> None:
     assert raw.headers["x-request-id"] == (await stage.line())["request_id"]
 
 
+@either
 async def test_models_are_listed_and_shown(stage: Stage) -> None:
     listed = await stage.sdk().call("models.list")
     models = {model.id: model for model in listed.data}
@@ -426,6 +437,7 @@ async def test_models_are_listed_and_shown(stage: Stage) -> None:
     assert caught.value.code == "model_not_found"
 
 
+@either
 async def test_an_alias_answers_from_the_next_provider(stage: Stage) -> None:
     stage.demo.script(fault="status-503", provider="google-ai-studio")
     raw = await stage.sdk().call(
@@ -479,14 +491,15 @@ REFUSED: list[tuple[Any, str, str, dict[str, Any]]] = [
 
 async def test_what_the_gateway_refuses_never_leaves_it(stage: Stage) -> None:
     sdk = stage.sdk(max_retries=2)
-    asks = itertools.product((sdk.chat, sdk.stream), REFUSED)
-    for number, (ask, (kind_of, code, param, body)) in enumerate(asks, start=1):
+    refused = []
+    for ask, (kind_of, code, param, body) in itertools.product((sdk.chat, sdk.stream), REFUSED):
         with pytest.raises(kind_of) as caught:
             await ask(**body)
         error = caught.value
         assert (error.code, error.param, error.type) == (code, param, "invalid_request_error")
-        line = (await stage.lines(number))[-1]
-        assert (line["request_id"], line["error_code"]) == (error.request_id, code)
+        refused.append((error.request_id, error.status_code, code))
+    lines = await stage.lines(len(refused))
+    assert [(line["request_id"], line["status"], line["error_code"]) for line in lines] == refused
     assert stage.demo.requests == []
 
 
@@ -518,19 +531,22 @@ TROUBLES: list[tuple[str, Any, int, str | None]] = [
 @pytest.mark.parametrize("streamed", [False, True])
 async def test_an_upstreams_trouble_is_the_right_error(stage: Stage, streamed: bool) -> None:
     sdk = stage.sdk()
-    for number, (fault, kind_of, status, code) in enumerate(TROUBLES, start=1):
+    ids = []
+    for fault, kind_of, status, code in TROUBLES:
         stage.demo.script(fault=fault)
         with pytest.raises(kind_of) as caught:
             await (sdk.stream() if streamed else sdk.chat())
         error = caught.value
         assert (fault, error.status_code, error.code) == (fault, status, code)
-        assert error.request_id == (await stage.lines(number))[-1]["request_id"]
+        ids.append(error.request_id)
         assert error.response.headers.get("retry-after") == ("7" if "retry" in fault else None)
         # Nothing of the upstream's own words about itself.
         assert not any(word in str(error) for word in ("Cloudflare", "Unauthorized", "<html"))
-        assert len(await stage.demo.recorded(number)) == number
+        assert len(await stage.demo.recorded(len(ids))) == len(ids)
+    assert [line["request_id"] for line in await stage.lines(len(ids))] == ids
 
 
+@either
 @pytest.mark.parametrize("flavour", FLAVOURS)
 async def test_a_wrong_upstream_token_is_never_the_callers_fault(
     set_up: SetUp, flavour: str
@@ -595,10 +611,11 @@ async def test_a_stream_that_dies_is_an_error(set_up: SetUp, flavour: str) -> No
         # What was said before is what an undisturbed stream says first.
         assert heard.text
         assert whole.startswith(heard.text)
-        line = (await stage.lines(number))[-1]
-        assert line["outcome"] == "truncated"
-        assert 0 < line["tokens"]["output"] <= served["tokens"]["output"]
     assert len(stage.demo.requests) == number
+    for line, served in zip(await stage.lines(number), stage.demo.record, strict=True):
+        whole_answer = served["end"] == "complete"
+        assert line["outcome"] == ("completed" if whole_answer else "truncated")
+        assert 0 < line["tokens"]["output"] <= served["tokens"]["output"]
 
 
 TORN = [
@@ -655,6 +672,7 @@ async def test_a_whole_answer_to_a_stream_is_heard_as_one(stage: Stage, asked: b
     assert usages == ([stage.demo.record[0]["usage"]] if asked else [])
 
 
+@either
 async def test_a_whole_tool_call_to_a_stream_is_assembled(stage: Stage) -> None:
     stage.demo.script(fault="guardrails")
     heard = await stage.sdk().stream(tools=TOOLS, tool_choice="required")

@@ -116,6 +116,3 @@ class Trace:
 def _quoted(text: str) -> str:
     """A JSON string; the names in use are few."""
     return orjson.dumps(text).decode()
-
-
-TOKEN_KINDS = ("input", "cache_read", "cache_write", "output", "reasoning")

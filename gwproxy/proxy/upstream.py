@@ -212,9 +212,10 @@ class Connection(asyncio.Protocol):
             exchange.on_end(STALE if self._reused and soon else RESET)
 
     def _deliver(self) -> None:
-        if self._body and self.exchange is not None:
-            body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-            self._body = []
+        pieces = self._body
+        if pieces and self.exchange is not None:
+            body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            pieces.clear()
             self.exchange.on_body(body)
 
     def _end(self) -> None:
