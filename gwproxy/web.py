@@ -405,13 +405,11 @@ class ListenerProtocol(web.RequestHandler):
         if len(manager._connections) - manager.turned_away > manager.max_connections:
             self.turned_away = self.deaf = True
             manager.turned_away += 1
-            # Not from here: uvloop sends nothing that is written before this call has ended.
-            self._loop.call_soon(self._turn_away, manager)
+            self._turn_away(manager)
 
     def _turn_away(self, manager: "Listener") -> None:
         transport = self.transport
-        if transport is None:
-            return
+        assert transport is not None
         manager.front.count_turned_away()
         if manager.turned_away > TURNED_AWAY_AT_ONCE:
             transport.abort()

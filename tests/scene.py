@@ -127,10 +127,10 @@ async def metric(front: Front, name: str, **labels: str) -> float:
     )
 
 
-async def assert_nothing_left(front: Front, *upstreams: Upstream, connections: int = 0) -> None:
-    """No hold, no stream, and no upstream connection but so many idle ones."""
+async def assert_nothing_left(front: Front, *upstreams: Upstream) -> None:
+    """No hold, no stream, and no upstream connection but those that wait for the next request."""
     await until(lambda: not [each for pool in pools(front) for each in pool.active])
-    await until(lambda: sum(upstream.open for upstream in upstreams) == connections)
+    await until(lambda: sum(each.open for each in upstreams) == idle_connections(front))
     for name in ("gwproxy_holds_open", "gwproxy_streams_open"):
         assert await metric(front, name) == 0, name
 
@@ -142,6 +142,10 @@ async def until(condition: Callable[[], bool], within_s: float = 5.0) -> None:
             if condition():
                 return
             await asyncio.sleep(0.001)
+
+
+def idle_connections(front: Front) -> int:
+    return sum(len(pool._idle) for pool in pools(front))
 
 
 def pools(front: Front) -> Sequence[Pool]:

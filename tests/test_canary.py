@@ -6,9 +6,8 @@ written or told is searched for them.
 
 import asyncio
 import base64
-import hashlib
 import json
-from pathlib import Path
+import logging
 
 from tests.conftest import Front, StartGateway
 from tests.harness import (
@@ -26,7 +25,16 @@ from tests.harness import (
     make_key,
 )
 from tests.raw import connect, get, head, post
-from tests.scene import CHUNKED, asked, in_chunks, sends, stay_silent, stream_then_wait, until
+from tests.scene import (
+    CHUNKED,
+    asked,
+    assert_nothing_left,
+    in_chunks,
+    sends,
+    stay_silent,
+    stream_then_wait,
+    until,
+)
 
 TOKEN = "canary-token-5b1f7c/with+signs=="
 PROMPT = "canary-prompt-93ad"
@@ -72,7 +80,6 @@ def needles(secret: str) -> list[bytes]:
         raw[len(raw) // 3 :],
         base64.b64encode(raw),
         raw.hex().encode(),
-        hashlib.sha256(raw).hexdigest().encode(),
     ]
 
 
@@ -106,7 +113,7 @@ async def test_no_secret_is_found_in_what_is_written_or_told(
         assert PROMPT.encode() not in answer
     # Broken off, and broken in form: after the commit, before it, in HTTP itself.
     for script in (
-        sends(CHUNKED + in_chunks([delta(REPLY), b"data: {" + REPLY.encode()])[:-5], then=Wire.reset),
+        sends(CHUNKED + in_chunks([delta(REPLY), REPLY.encode()])[:-5], then=Wire.reset),
         sends(CHUNKED + in_chunks([delta(REPLY)])[:-5] + REPLY.encode() + b"\r\n"),
         sends(f"{REPLY} {TOKEN}\r\n\r\n".encode(), then=Wire.hang_up),
         sends(f"HTTP/1.1 200 OK\r\nBad Header {TOKEN}: 1\r\n\r\n".encode()),
@@ -131,7 +138,7 @@ async def test_no_secret_is_found_in_what_is_written_or_told(
     assert b"alice" in written
     stored += b"".join(file.read_bytes() for file in files if file.exists())
 
-    key = front.key[-44:]  # without what may be shown to tell keys apart
+    key = front.key[17:49]  # the secret part: what is before it tells keys apart
     places = {"log": written, "metrics": metrics, "database": stored}
     for place, text in places.items():
         for secret in (TOKEN, PROMPT, REPLY, key, front.key, ADMIN_KEY):
@@ -152,9 +159,9 @@ async def malformed_requests(front: Front, told: list[bytes]) -> None:
         good.replace(b"HTTP/1.1", b"HTTP/9.9", 1),
         good.replace(b"POST ", b"PO\x01ST ", 1),
         good.replace(b"application/json", PROMPT.encode()),
-        good.replace(b'"messages"', b'"mess'),
+        post(body.replace(b'"messages"', b'"mess'), key=front.key),
         good.replace(b"/v1/chat", f"/{PROMPT}/{front.key}".encode(), 1),
-        good.replace(b"mock/echo", b"no-" + PROMPT.encode()[3:6]),
+        post(body.replace(b"mock/echo", b"no/such"), key=front.key),
         good.replace(front.key.encode(), front.key.encode()[:-1] + b"~"),
         good.replace(b"\r\n", b"\r\nTransfer-Encoding: chunked\r\n", 1),
         post(b'{"model":"' + PROMPT.encode() + b'"', key=front.key),
@@ -168,9 +175,9 @@ async def malformed_requests(front: Front, told: list[bytes]) -> None:
     for request in requests:
         async with connect(front.port) as peer:
             peer.send(request)
-            peer.half_close()
-            told.append(await peer.rest())
-    assert sum(b" 40" in answer[:16] for answer in told[-len(requests) :]) > 10
+            answer = await peer.answer()
+            assert answer.status >= 400, request
+            told.append(str(answer.fields).encode() + answer.body)
 
 
 async def clients_that_leave(front: Front, upstream: Upstream) -> None:
@@ -184,13 +191,7 @@ async def clients_that_leave(front: Front, upstream: Upstream) -> None:
             if number == 2:
                 await peer.head()
             peer.reset()
-        await until(lambda: upstream.open == sum_of_idle(front))
-
-
-def sum_of_idle(front: Front) -> int:
-    app = front.gateway.app
-    assert app is not None
-    return sum(len(pool._idle) for pool in app._upstream._pools.values())
+        await assert_nothing_left(front, upstream)
 
 
 async def other_routes(front: Front, told: list[bytes]) -> None:
@@ -205,11 +206,9 @@ async def other_routes(front: Front, told: list[bytes]) -> None:
 
 
 async def test_a_library_that_logs_what_it_could_not_read_is_kept_quiet(
-    front: Front, upstream: Upstream, tmp_path: Path, capfd: object
+    front: Front, upstream: Upstream
 ) -> None:
     """aiohttp logs a malformed request whole, through the logging module, unless it is kept."""
-    import logging
-
     records: list[logging.LogRecord] = []
 
     class Keep(logging.Handler):

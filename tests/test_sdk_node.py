@@ -74,7 +74,7 @@ async def play() -> dict[str, Line]:
                 node.kill()
                 await node.wait()
     assert node.returncode == 0, complaints.decode()
-    found = [json.loads(line) for line in said.decode().splitlines()]
+    found = [json.loads(line) for line in said.splitlines()]
     return {line["scenario"]: line for line in found}
 
 

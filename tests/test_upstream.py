@@ -531,4 +531,4 @@ async def test_a_silent_upstream_holds_nothing_of_the_next_request(
         await until(lambda: len(upstream.received) == 1)
         assert await status_of(front) == 200
         silent.cancel()
-    await assert_nothing_left(front, upstream, connections=1)
+    await assert_nothing_left(front, upstream)

@@ -435,14 +435,13 @@ async def test_a_slow_answer_is_no_slow_head(
 
 async def test_a_slow_body_outlives_the_time_for_heads(start_gateway: StartGateway) -> None:
     front = await start_gateway(SLOW)
-    body = prompt().ljust(400)
+    body = prompt().ljust(300_000)
     async with connect(front.port) as peer:
-        # Both at once: the body's first bytes arrive before the request's task has begun.
-        peer.send(post(b"", key=front.key).replace(b"Length: 0", b"Length: 400"))
-        peer.send(body[:1])
-        for index in range(1, 400, 40):
-            peer.send(body[index : index + 40])
-            await asyncio.sleep(0.1)
+        # So much that part of the body is read before the request's task has begun.
+        peer.send(post(body, key=front.key)[:-4])
+        for index in range(4):
+            await asyncio.sleep(0.2)
+            peer.send(body[-4 + index :][:1])
         assert (await peer.answer()).status == 200
 
 
@@ -507,6 +506,23 @@ async def test_a_burst_of_connections_does_not_pass_the_limit(start_gateway: Sta
     statuses = await asyncio.gather(*(try_one() for _ in range(100)))
     assert set(statuses) == {200, 503}
     assert statuses.count(200) in (19, 20), "one may be the client's own connection"
+
+
+async def test_a_crowd_beyond_the_limit_is_gone_soon(start_gateway: StartGateway) -> None:
+    front = await start_gateway("[limits]\nmax_connections = 8\nheader_timeout_s = 1.5\n")
+
+    async with connect(front.port) as served, AsyncExitStack() as stack:
+        served.send(get("/health"))
+        assert (await served.answer()).status == 200
+        # None of them hangs up by itself.
+        crowd = [await stack.enter_async_context(connect(front.port)) for _ in range(500)]
+        async with asyncio.timeout(5):
+            heard = await asyncio.gather(*(peer.rest() for peer in crowd))
+        told = [text for text in heard if text.startswith(b"HTTP/1.1 503")]
+        assert 200 < len(told) < 400, "some are told, and the flood is just hung up on"
+        assert set(heard) - set(told) == {b""}
+        served.send(get("/health"))
+        assert (await served.answer()).status == 200
 
 
 # -- the way out ---------------------------------------------------------------------------------

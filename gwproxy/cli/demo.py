@@ -7,20 +7,24 @@ and their state live in a folder that is thrown away.
 
 import argparse
 import contextlib
+import ctypes
 import http.client
 import json
 import os
 import re
 import secrets
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
+
+from gwproxy.core.money import Nanos, format_usd
 
 FINE: Final = 0
 FAILED: Final = 1
@@ -29,6 +33,15 @@ PORT: Final = 8080
 MODEL: Final = "openai/gpt-4o-mini"
 QUESTION: Final = "Why do people put a proxy in front of an AI gateway?"
 START_WITHIN_S: Final = 20.0
+STOP_WITHIN_S: Final = 5.0
+LOGGED_WITHIN_S: Final = 2.0
+
+# The caller's own gateway must not leak into this one: neither its settings nor its folders.
+_NOT_OURS: Final = ("GWPROXY_", "AI_", "CLOUD", "STATE_DIR", "CREDENTIALS_DIR", "CONFIGURATION_DIR")
+
+_STOPS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_PR_SET_PDEATHSIG: Final = 1
 
 _CONFIG: Final = """\
 # Written by `gwproxy demo`; thrown away with its folder.
@@ -86,8 +99,9 @@ def run_upstream(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    # SIGTERM ends the demo as Ctrl-C does: both children are stopped, the folder goes.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    for number in _STOPS:
+        # SIGINT as well: a shell's background jobs start with it ignored.
+        signal.signal(number, _stop)
     with (
         tempfile.TemporaryDirectory(prefix="gwproxy-demo-") as folder,
         contextlib.ExitStack() as stack,
@@ -98,8 +112,22 @@ def run(args: argparse.Namespace) -> int:
             print(f"gwproxy demo: {failed}", file=sys.stderr)
             return FAILED
         except KeyboardInterrupt:
-            print("\nStopping.")
+            print("\nStopping.", flush=True)
             return FINE
+        finally:
+            _stop_asking()
+
+
+def _stop(*_: object) -> None:
+    """Each of the signals ends it as Ctrl-C does."""
+    _stop_asking()
+    raise KeyboardInterrupt
+
+
+def _stop_asking() -> None:
+    """From here on the children are stopped and the folder goes, however often it is asked."""
+    for number in _STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Failed(Exception):
@@ -107,25 +135,31 @@ class _Failed(Exception):
 
 
 def _run(args: argparse.Namespace, folder: Path, stack: contextlib.ExitStack) -> int:
+    if not 0 <= args.port < 1 << 16:
+        raise _Failed(f"there is no port {args.port}")
     token, admin_key = secrets.token_hex(16), secrets.token_hex(32)
     environ = {
-        **{k: v for k, v in os.environ.items() if not k.startswith(("GWPROXY_", "AI_", "CLOUD"))},
+        **{k: v for k, v in os.environ.items() if not k.startswith(_NOT_OURS)},
         "GWPROXY_ADMIN_KEY": admin_key,
         "CLOUDFLARE_API_TOKEN": token,
         "PYTHONUNBUFFERED": "1",
     }
-    demo = [sys.executable, "-m", "gwproxy", "demo-upstream", "--listen", "127.0.0.1:0"]
-    upstream = stack.enter_context(
-        _child([*demo, "--token", token, "--account", "demo", "--gateway", "demo"], environ, folder)
-    )
+    # The same as `gwproxy demo-upstream`, without loading the gateway for it.
+    demo = [sys.executable, "-m", "gwproxy.demo", "--listen", "127.0.0.1:0"]
+    demo += ["--token", token, "--account", "demo", "--gateway", "demo"]
+    upstream = stack.enter_context(_child(demo, environ, folder / "upstream.log"))
     upstream_url = _address(upstream, folder)
-    port = _free_port(args.port)
+    port = args.port if _is_free(args.port) else 0
     config = folder / "config.toml"
     config.write_text(_CONFIG.format(port=port, upstream=upstream_url))
     serve = [sys.executable, "-m", "gwproxy", "serve", "--config", str(config)]
-    server = stack.enter_context(_child(serve, environ, folder))
+    server = stack.enter_context(_child(serve, environ, folder / "serve.log"))
     url = _address(server, folder)
-    print(f"gateway   {url}   (upstream {upstream_url}, state in {folder})")
+    if args.port and not port:
+        print(f"port {args.port} is taken, so it is another one:")
+    print(f"gateway   {url}")
+    print(f"upstream  {upstream_url}   (built in: no account, no network)")
+    print(f"state     {folder}   (goes when this ends)")
 
     admin = {"Authorization": f"Bearer {admin_key}"}
     _ask(url, "POST", "/admin/organizations", admin, {"org_id": "acme", "name": "Acme"})
@@ -139,6 +173,7 @@ def _run(args: argparse.Namespace, folder: Path, stack: contextlib.ExitStack) ->
     headers = _chat(url, key)
     for name in ("x-request-id", "x-gateway-provider", "x-gateway-mode", "server-timing"):
         print(f"  {name}: {headers.get(name)}")
+    print(f"  {_logged(folder, str(headers.get('x-request-id')))}")
     print(
         f"""
 Try it yourself:
@@ -152,11 +187,12 @@ Or with any OpenAI SDK:
   export OPENAI_BASE_URL={url}/v1
   export OPENAI_API_KEY={key}
 
-Metrics: {url}/metrics   Log: {folder / "serve.log"}   Stop: Ctrl-C""",
-        flush=True,
+Metrics: {url}/metrics   Log: {folder / "serve.log"}""",
     )
     if args.once:
+        print("Stopping: it was asked for one chat only.", flush=True)
         return FINE
+    print("Stop: Ctrl-C", flush=True)
     while server.poll() is None and upstream.poll() is None:
         time.sleep(0.2)
     raise _Failed(f"a process ended by itself:\n{_last_words(folder)}")
@@ -185,6 +221,22 @@ def _chat(url: str, key: str) -> http.client.HTTPMessage:
     return response.headers
 
 
+def _logged(folder: Path, request_id: str) -> str:
+    """What the gateway wrote down about the request; its log is a tenth of a second behind."""
+    until = time.monotonic() + LOGGED_WITHIN_S
+    while time.monotonic() < until:
+        for text in (folder / "serve.log").read_text().splitlines():
+            if request_id in text and '"outcome"' in text:
+                line = json.loads(text)
+                tokens, cost = line["tokens"], format_usd(Nanos(line["cost_nanos"]))
+                return (
+                    f"logged: {tokens['input']} tokens in, {tokens['output']} out, "
+                    f"{cost} USD, {line['outcome']}"
+                )
+        time.sleep(0.02)
+    raise _Failed(f"the request is not in the log:\n{_last_words(folder)}")
+
+
 def _ask(url: str, method: str, path: str, headers: dict[str, str], body: Any) -> Any:
     connection = _connect(url)
     sent = {**headers, "Content-Type": "application/json"}
@@ -203,26 +255,30 @@ def _connect(url: str) -> http.client.HTTPConnection:
 
 @contextlib.contextmanager
 def _child(
-    command: list[str], environ: dict[str, str], folder: Path
+    command: list[str], environ: dict[str, str], log_file: Path
 ) -> Iterator["subprocess.Popen[str]"]:
-    """A process that ends with the demo; what it says on stderr goes to a file of its name."""
-    log = (folder / f"{command[3]}.log").open("w")
-    with log:
+    """A process that ends with the demo; what it says on stderr goes to a file."""
+    with log_file.open("w") as log:
+        # Asked to stop between the child's birth and our knowing of it, we would leave it behind.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
         process = subprocess.Popen(
             command,
             env=environ,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
             # Ctrl-C is the demo's to handle: the children are stopped in order.
             start_new_session=True,
+            preexec_fn=_at_birth(os.getpid()),
         )
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
             yield process
         finally:
             process.terminate()
             try:
-                process.wait(timeout=5)
+                process.wait(timeout=STOP_WITHIN_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -230,13 +286,27 @@ def _child(
                 process.stdout.close()
 
 
+def _at_birth(parent: int) -> Callable[[], None]:
+    """What a child does before it becomes another program. On Linux it asks to be killed when its
+    parent dies, so that not even kill -9 leaves it behind; its state is thrown away anyway."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+
+    def prepare() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+        if prctl is not None:
+            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:
+                os._exit(FAILED)  # it died before it was asked
+
+    return prepare
+
+
 def _address(process: "subprocess.Popen[str]", folder: Path) -> str:
     """The address that a child prints when it is ready."""
     assert process.stdout is not None
-    line = process.stdout.readline()
-    found = re.search(r"https?://[^\s/]+", line)
+    ready, _, _ = select.select([process.stdout], [], [], START_WITHIN_S)
+    found = re.search(r"https?://[^\s/]+", process.stdout.readline()) if ready else None
     if found is None:
-        process.wait(timeout=START_WITHIN_S)
         raise _Failed(f"a process did not start:\n{_last_words(folder)}")
     return found[0]
 
@@ -248,13 +318,10 @@ def _last_words(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _free_port(wanted: int) -> int:
-    """`wanted` if nobody has it, else one that the system chooses."""
-    for port in (wanted, 0):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", port))
-                free: int = probe.getsockname()[1]
-                return free
-    raise _Failed("there is no free port on 127.0.0.1")
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return True
+    return False

@@ -17,8 +17,6 @@ MODEL_NAME_LIMIT = 256
 MAX_TOKENS_LIMIT = 10_000_000
 MAX_CHOICES = 128
 
-_SURELY_FLAT = 200
-"""So many brackets cannot be nested deeper than what can be written again (254 levels)."""
 
 _FREE_TIERS = frozenset({"auto", "default", "standard_only"})
 
@@ -100,7 +98,11 @@ class ChatRequest(msgspec.Struct, frozen=True):
         if self.stream and not self.include_usage:
             options = changed.get("stream_options")
             changed["stream_options"] = {**(options or {}), "include_usage": True}
-        return orjson.dumps(changed)
+        try:
+            return orjson.dumps(changed)
+        except orjson.JSONEncodeError:
+            # Values are read up to 1,024 levels deep and written up to 254.
+            raise InvalidRequest("The body is nested too deeply.", code="invalid_json") from None
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
@@ -114,12 +116,6 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         ) from None
     if not isinstance(body, dict):
         raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
-    if raw.count(b"[") + raw.count(b"{") > _SURELY_FLAT:
-        try:
-            orjson.dumps(body)
-        except orjson.JSONEncodeError:
-            # Read up to 1,024 levels deep, but not written: found here, not on the way upstream.
-            raise InvalidRequest("The body is nested too deeply.", code="invalid_json") from None
     return body
 
 

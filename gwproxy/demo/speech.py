@@ -28,6 +28,19 @@ _FOREIGN: Final = """
     世界 数据 東京 한국 שלום
 """
 _WORDS: Final = tuple(f"{_PLAIN} {_FOREIGN}".split())
+_READABLE: Final = {
+    "Why do people put a proxy in front of an AI gateway?": (
+        "To know who is calling, to stop the spending before the money is gone, and to see what "
+        "each answer cost. This answer cost nothing: it comes from the built-in demo upstream, "
+        "one word at a time, through the proxy that you have just started."
+    ),
+    "Hello": (
+        "Hello! I am the built-in demo upstream, and no model at all. To most questions I answer "
+        "in made-up words, so that you can try the proxy without an account. "
+        "Ask for the model mock/echo, and you will hear yourself."
+    ),
+}
+"""What a newcomer asks first deserves words that can be read."""
 _PIECE: Final = re.compile(r"\s*(?:\w+|[^\w\s]+)|\s+")
 
 _BURST: Final = " river"
@@ -136,7 +149,8 @@ class Wish:
 
 
 def compose(model: str, body: Mapping[str, Any], wish: Wish) -> Speech:
-    """The answer to this request: an echo for the model `echo`, else a tool call, else prose."""
+    """The answer to this request: a tool call if one is wanted, an echo for the model `echo`,
+    else prose."""
     said = last_user_text(body)
     call = _call(model, body)
     n = body.get("n")
@@ -148,6 +162,8 @@ def compose(model: str, body: Mapping[str, Any], wish: Wish) -> Speech:
             whole = _argument_pieces(call[1], seed)
         elif model == "echo":
             whole = pieces(said)
+        elif said in _READABLE and wish.length is None:
+            whole = pieces(_READABLE[said])
         else:
             whole = prose(seed, wish.length if wish.length is not None else 24 + seed[0] % 25)
         burst = wish.burst_bytes // len(_BURST)

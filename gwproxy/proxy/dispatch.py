@@ -275,7 +275,7 @@ class Sending:
         except orjson.JSONDecodeError:
             answer = None
         if isinstance(answer, dict) and isinstance(answer.get("choices"), list):
-            if not reply.meter.observe_usage(answer):
+            if not reply.meter.observe_usage(answer) or reply.meter.usage is None:
                 reply.meter.observe_answer(answer)
             reply.answer = answer
             reply.whole = body
