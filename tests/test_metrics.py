@@ -11,8 +11,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from gwproxy import __version__
-from gwproxy.metrics import TOKEN_KINDS
-from gwproxy.metrics import CONTENT_TYPE, ERROR_TYPES, MODEL_LABELS, Metrics
+from gwproxy.metrics import CONTENT_TYPE, ERROR_TYPES, MODEL_LABELS, TOKEN_KINDS, Metrics
 from tests.conftest import Front
 from tests.harness import ADMIN, chat
 

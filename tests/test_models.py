@@ -97,9 +97,12 @@ async def test_behind_the_gateway_each_configured_provider_has_its_own(compat: F
 async def test_without_a_provider_configured_the_catalogue_is_listed(
     start_gateway: StartGateway, upstream: Upstream
 ) -> None:
-    config = COMPAT.partition("[providers.gemini]")[0].format(root=upstream.url)
-    front = await start_gateway(config=config)
+    head, _, rest = COMPAT.format(root=upstream.url).partition("[providers.gemini]")
+    front = await start_gateway(config=head + rest[rest.index("[prices.models.") :])
     found = await listed(front)
+    assert found["openai/house-model"] == "openai"
+    # A price makes no provider: these have no address.
+    assert not any(name.startswith(("nobody/", "custom-hf/", "local/")) for name in found)
     assert found["openai/gpt-4o"] == "openai"
     assert any(name.startswith("workers-ai/@cf/") for name in found)
 

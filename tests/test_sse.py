@@ -244,6 +244,14 @@ def test_an_endless_event_takes_bounded_memory(
     assert held < 4_000_000
 
 
+def test_lines_that_hold_nothing_are_limited_by_their_number() -> None:
+    scanner = SseScanner()
+    lines = 200_000
+    events = scanner.feed(b"data:\n" * lines + b"\ndata: next\n\n")
+    assert [payload for payload, _ in events] == [b"", b"next"]
+    assert scanner.unparsed == lines * 5
+
+
 def test_after_an_event_that_was_let_go_the_next_one_is_read() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sse, "LINE_LIMIT", 20)

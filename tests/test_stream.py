@@ -385,6 +385,34 @@ def test_an_error_stays_an_error_although_done_follows() -> None:
     assert not stream.complete
 
 
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        (delta("Hi"), True),
+        (delta(finish="stop"), True),
+        (usage_only(), True),
+        (DONE, True),
+        (b"data:[DONE] \n\n", True),
+        (event(_chunk([{"index": 0, "delta": {"reasoning_content": "Hm"}}])), True),
+        (event(_chunk([{"index": 0, "delta": {"refusal": "No"}}])), True),
+        (event(_chunk([{"index": 0, "delta": {"tool_calls": [{"index": 0}]}}])), True),
+        (event(_chunk([], x_groq={"usage": {"prompt_tokens": 1}})), True),
+        (event(_chunk([{"index": 0, "delta": {"role": "assistant", "content": ""}}])), False),
+        (event(_chunk([{"index": 0, "delta": {}, "finish_reason": None}])), False),
+        (event(_chunk([], usage=None, prompt_filter_results=[{}])), False),
+        (event(_chunk([], x_groq={"id": "req"})), False),
+        (event({"error": {"message": "no"}}), False),
+        (b": OPENROUTER PROCESSING\n\n", False),
+        (b"event: ping\ndata: {}\n\n", False),
+        (b"data: {garbage\n\n", False),
+    ],
+)
+def test_which_events_commit(block: bytes, expected: bool) -> None:
+    stream = new()
+    stream.feed(block)
+    assert stream.committed == commits(block) == expected
+
+
 def test_an_error_does_not_commit() -> None:
     stream = new()
     stream.feed(event({"error": {"message": "no"}}))

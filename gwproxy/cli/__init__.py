@@ -2,26 +2,41 @@
 
 import argparse
 import importlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from gwproxy import __version__
 
-FAMILIES: Final = ("serve", "check", "demo", "directory", "prices")
-"""Modules of this package that add commands, in the order of the help text."""
+FAMILIES: Final[Mapping[str, str]] = {
+    "serve": "serve",
+    "check-config": "check",
+    "demo": "demo",
+    "demo-upstream": "demo",
+    "users": "directory",
+    "orgs": "directory",
+    "keys": "directory",
+    "prices": "prices",
+}
+"""Each command and the module of this package that has it, in the order of the help text."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 fine, 1 a check failed or the request was
     refused, 2 usage or configuration, 3 server unreachable."""
+    words = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(
         prog="gwproxy", description="An edge proxy in front of an AI gateway."
     )
     parser.add_argument("--version", action="version", version=f"gwproxy {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for family in FAMILIES:
-        importlib.import_module(f"gwproxy.cli.{family}").add_commands(commands)
-    args, rest = parser.parse_known_args(argv)
+    # Importing them all takes half a second, which only the help text is worth.
+    named = FAMILIES.get(words[0]) if words else None
+    families = [named] if named else dict.fromkeys(FAMILIES.values())
+    if words != ["--version"]:
+        for family in families:
+            importlib.import_module(f"gwproxy.cli.{family}").add_commands(commands)
+    args, rest = parser.parse_known_args(words)
     if hasattr(args, "rest"):
         args.rest = rest  # a command that reads the rest of its line itself
     elif rest:

@@ -167,6 +167,6 @@ def ordered(chain: Sequence[Candidate], draw: float) -> Sequence[Candidate]:
     point = draw * total
     for index, candidate in enumerate(chain):
         point -= candidate.weight
-        if candidate.weight and point < 0:
+        if point < 0:
             return (candidate, *chain[:index], *chain[index + 1 :])
     return chain

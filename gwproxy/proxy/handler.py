@@ -86,9 +86,12 @@ class ChatHandler:
     async def _relay(
         self, request: web.BaseRequest, reply: Reply, reservation: Reservation, trace: Trace
     ) -> web.StreamResponse:
-        self._metrics.ttfb(trace.provider).observe(reply.first_byte_at - reply.sent_at)
         ours_ms = (reply.sent_at - trace.started) * 1000
-        theirs_ms = max(0.0, reply.first_byte_at - reply.sent_at) * 1000
+        theirs_ms = 0.0
+        if reply.first_byte_at:  # else a stream that was committed before it said anything
+            theirs_s = reply.first_byte_at - reply.sent_at
+            theirs_ms = theirs_s * 1000
+            self._metrics.ttfb(trace.provider).observe(theirs_s)
         fields = (
             f"x-request-id: {trace.request_id}\r\n"
             f"x-gateway-provider: {trace.provider}\r\n"
