@@ -251,6 +251,7 @@ class App:
             inherited = socket.socket(fileno=where.fd)
             server = await self._loop.create_server(listener, sock=inherited, backlog=BACKLOG)
         self._servers.append(server)
+        self._cleanups.append(server.close)  # also when a later part does not start
         self._listeners.append(listener)
         self._fronts.append(front)
         for sock in server.sockets:

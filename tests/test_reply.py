@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gwproxy.proxy.reply import ANSWER_BYTES
+from gwproxy.proxy.reply import ANSWER_BYTES, Reply
 from tests.conftest import Front, StartGateway
 from tests.harness import (
     ANSWER,
@@ -89,8 +89,11 @@ async def test_a_comment_is_a_first_byte(start_gateway: StartGateway, upstream: 
     async def script(wire: Wire, received: Received) -> None:
         await wire.start()
         await wire.chunk(COMMENT)
-        await until(lambda: any(each._head_done for pool in pools(front) for each in pool.active))
         [pool] = pools(front)
+        [connection] = pool.active
+        reply = connection.exchange
+        assert isinstance(reply, Reply)
+        await until(lambda: reply.first_byte_at > 0)
         # As if a minute had passed: a limit that still held would end the attempt here.
         tick(front, 59)
         assert pool.active
