@@ -738,3 +738,9 @@ async def test_what_came_before_a_reset_is_passed_on(front: Front, upstream: Ups
 
     upstream.script = script
     assert await body_of(front) == HELLO + INTERRUPTED
+    line = await front.gateway.request_line()
+    assert (line["outcome"], line["error_type"], line["error_code"]) == (
+        "truncated",
+        "provider_truncated",
+        "stream_interrupted",
+    )

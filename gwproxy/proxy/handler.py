@@ -138,6 +138,11 @@ class ChatHandler:
             self._metrics.stream_gap.observe(reply.longest_gap_s)
         whole = relay.failure is None and reply.events.complete
         reservation.outcome = Outcome.COMPLETED if whole else Outcome.TRUNCATED
+        if not whole:
+            failure = relay.failure
+            trace = reservation.trace
+            trace.error_type = failure.error_type if failure else "provider_truncated"
+            trace.error_code = "stream_interrupted"
         if relay.finish():
             answer.end(request)
         elif request.transport is not None:
