@@ -14,6 +14,7 @@ from decimal import Decimal
 from typing import Any
 
 from gwproxy.core.money import Nanos, Picos, nanos_from_picos, parse_rate
+from gwproxy.core.routing import Candidate
 from gwproxy.core.usage import Usage
 
 _DAY_S = 86_400
@@ -302,6 +303,16 @@ class PriceBook:
         if len(prices) == 1:
             return prices[0].rate
         return _choose(prices, at_s)
+
+    def rate_of(self, candidate: Candidate, at_s: float | None = None) -> Rate | None:
+        """The rate of one candidate; None where a call of it could not be priced exactly."""
+        rate = self.rate("", candidate.sent, at_s) if candidate.verbatim else None
+        if rate is None:
+            rate = self.rate(candidate.provider.prices, candidate.model, at_s)
+        # A fee per call stands outside the rate. An override replaces the whole price.
+        if rate is not None and not rate.overridden and "requests_kcount" in rate.extras:
+            return None
+        return rate
 
     def providers(self) -> list[str]:
         """Every provider with a table or an override of its own."""

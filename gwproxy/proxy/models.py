@@ -8,7 +8,7 @@ from aiohttp import web
 from gwproxy.core.chat import MODEL_NAME_LIMIT
 from gwproxy.core.errors import ModelNotFound
 from gwproxy.core.pricing import PriceBook
-from gwproxy.core.routing import Candidate, Routes, candidate_of, known
+from gwproxy.core.routing import Routes, candidate_of, known
 from gwproxy.core.trace import Trace
 from gwproxy.state.keyring import Keyring
 
@@ -59,7 +59,7 @@ class ModelsHandler:
         owner = self._owners.get(name)
         if owner is None and len(name) <= MODEL_NAME_LIMIT:
             for candidate in self._routes.resolve(name) or ():
-                if _priced(self._prices, candidate):
+                if self._prices.rate_of(candidate) is not None:
                     return candidate.provider.name
         return owner
 
@@ -76,14 +76,6 @@ class ModelsHandler:
         )
 
 
-def _priced(prices: PriceBook, candidate: Candidate) -> bool:
-    """Whether a quote would find a price, as `state/books.py` looks for it."""
-    rate = prices.rate("", candidate.sent) if candidate.verbatim else None
-    if rate is None:
-        rate = prices.rate(candidate.provider.prices, candidate.model)
-    return rate is not None and (rate.overridden or "requests_kcount" not in rate.extras)
-
-
 def _model(name: str, owner: str) -> dict[str, object]:
     # `created` is part of the shape; when a provider made a model is not known here.
     return {"id": name, "object": "model", "created": 0, "owned_by": owner}
@@ -93,7 +85,7 @@ def _names(routes: Routes, prices: PriceBook, extra: Iterable[str]) -> Iterator[
     """Every name that resolves and has a price, with its provider: aliases first."""
     for alias in routes.aliases:
         chain = routes.resolve(alias) or ()
-        if any(_priced(prices, candidate) for candidate in chain):
+        if any(prices.rate_of(candidate) is not None for candidate in chain):
             yield alias, "gwproxy"
     providers = list(routes.providers.values())
     if not providers and routes.serves_catalogue:
@@ -106,7 +98,7 @@ def _names(routes: Routes, prices: PriceBook, extra: Iterable[str]) -> Iterator[
             candidate = candidate_of(provider, model)
             # A model that is asked for without a prefix upstream still needs one here.
             name = candidate.sent if provider.prefix else f"{provider.name}/{model}"
-            if _priced(prices, candidate) and routes.resolve(name) is not None:
+            if prices.rate_of(candidate) is not None and routes.resolve(name) is not None:
                 yield name, provider.name
     if routes.passthrough is not None:
         for name in extra:

@@ -252,11 +252,8 @@ class Books:
         now = self._clock()
         priced = []
         for candidate in chain:
-            rate = self._prices.rate("", candidate.sent, now) if candidate.verbatim else None
-            if rate is None:
-                rate = self._prices.rate(candidate.provider.prices, candidate.model, now)
-            # A fee per call stands outside the rate: what it costs could not be kept exact.
-            if rate is not None and (rate.overridden or "requests_kcount" not in rate.extras):
+            rate = self._prices.rate_of(candidate, now)
+            if rate is not None:
                 priced.append(Priced(candidate, rate))
         if not priced:
             raise ModelNotPriced(
