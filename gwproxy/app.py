@@ -54,6 +54,10 @@ GIL_SWITCH_S: Final = 0.0005
 KEY_USE_STORED_EVERY_S: Final = 60.0
 
 
+class ListenFailed(OSError):
+    """A listener that cannot open; the words name it and the cure."""
+
+
 class App:
     """A running gateway: `async with await App.start(config, log)`; `addresses` are open."""
 
@@ -88,7 +92,7 @@ class App:
             self.log.event("warning", "configuration", message=warning)
         if HAS_WAL_RESET_BUG:
             self.log.event(
-                "warning",
+                "info",
                 "old SQLite: one writer keeps its WAL-reset bug (fixed in 3.51.3) out of reach",
                 version=SQLITE_VERSION,
             )
@@ -240,22 +244,28 @@ class App:
             request_ids=ids,
         )
         self._cleanups.append(listener.stop_sweeping)
-        if where.kind == "tcp":
-            server = await self._loop.create_server(
-                listener, where.host, where.port, backlog=BACKLOG
-            )
-        elif where.kind == "unix":
-            _remove_socket(Path(where.path))
-            server = await self._loop.create_unix_server(listener, where.path, backlog=BACKLOG)
-        else:
-            inherited = socket.socket(fileno=where.fd)
-            server = await self._loop.create_server(listener, sock=inherited, backlog=BACKLOG)
+        try:
+            server = await self._open_server(where, listener)
+        except OSError as error:
+            raise ListenFailed(
+                f"cannot listen on {where}: {error.strerror or error}. "
+                "Stop whoever has it, or change [server] listen or [admin] listen."
+            ) from error
         self._servers.append(server)
         self._cleanups.append(server.close)  # also when a later part does not start
         self._listeners.append(listener)
         self._fronts.append(front)
         for sock in server.sockets:
             self.addresses.append(_address(sock))
+
+    async def _open_server(self, where: Listen, listener: Listener) -> asyncio.Server:
+        if where.kind == "tcp":
+            return await self._loop.create_server(listener, where.host, where.port, backlog=BACKLOG)
+        if where.kind == "unix":
+            _remove_socket(Path(where.path))
+            return await self._loop.create_unix_server(listener, where.path, backlog=BACKLOG)
+        inherited = socket.socket(fileno=where.fd)
+        return await self._loop.create_server(listener, sock=inherited, backlog=BACKLOG)
 
     # -- running and stopping ----------------------------------------------------------------
 

@@ -168,12 +168,12 @@ class Front:
         except web.RequestPayloadError:
             broken = BadRequest("The body's framing is broken.", close=True)
             return self._refuse(request, trace, broken)
-        except ConnectionError:
-            trace.status, trace.error_type = 499, "caller_cancelled"
-            raise
-        except asyncio.CancelledError:
-            # 499 is nginx's word for a client that left; no response carries it.
-            trace.status, trace.error_type = 499, "caller_cancelled"
+        except (ConnectionError, asyncio.CancelledError):
+            if trace.outcome == "completed":
+                trace.status = 200  # the client left with all that there was
+            else:
+                # 499 is nginx's word for a client that left; no response carries it.
+                trace.status, trace.error_type = 499, "caller_cancelled"
             raise
         except Exception as error:
             # The border of the request's task: whatever it is, this request ends with it.

@@ -221,7 +221,7 @@ async def test_the_database_of_another_program_is_refused(path):
     with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE cookies (x)")
     connection.close()
-    with pytest.raises(DatabaseRefused, match=r"another program.*'cookies'"):
+    with pytest.raises(DatabaseRefused, match="another program"):
         await opened(path)
 
 

@@ -744,3 +744,27 @@ async def test_what_came_before_a_reset_is_passed_on(front: Front, upstream: Ups
         "provider_truncated",
         "stream_interrupted",
     )
+
+
+async def test_a_client_that_hangs_up_on_done_got_a_whole_stream(
+    front: Front, upstream: Upstream
+) -> None:
+    """Both SDKs do so: whether the last chunk's end was faster must not decide the outcome."""
+    held = asyncio.Event()
+
+    async def script(wire: Wire, received: Received) -> None:
+        await wire.start()
+        for data in events("Hel", "lo."):
+            await wire.chunk(data)
+        await held.wait()
+
+    upstream.script = script
+    response = await front.chat(chat(stream=True))
+    body = b""
+    while DONE not in body:
+        body += await response.content.readany()
+    response.close()
+    line = await front.gateway.request_line()
+    held.set()
+    assert (line["status"], line["outcome"], line["source"]) == (200, "completed", "provider")
+    assert "error_type" not in line

@@ -96,6 +96,10 @@ def lines(config: Config) -> list[str]:
     width = max(len(name) for name, _ in rows)
     text = [f"{name:<{width}}  {value}" for name, value in rows]
     text += [f"warning: {warning}" for warning in config.warnings]
+    text.append(
+        "note: this version does not enforce providers' requests a minute and daily budgets, "
+        "the breaker and the failure mode, and keeps no journal and no backups"
+    )
     return [*text, "The configuration is fine."]
 
 

@@ -2,6 +2,7 @@
 authenticate, parse, quote, reserve, send, relay, settle.
 """
 
+import asyncio
 import functools
 import random
 from collections.abc import Callable
@@ -133,6 +134,11 @@ class ChatHandler:
         self._metrics.streams_open.value += 1
         try:
             await relay.run()
+        except asyncio.CancelledError:
+            if reply.events.done:
+                # SDKs hang up on reading [DONE]: they have all that there was.
+                reservation.outcome = Outcome.COMPLETED
+            raise
         finally:
             self._metrics.streams_open.value -= 1
             self._metrics.stream_gap.observe(reply.longest_gap_s)

@@ -112,7 +112,7 @@ class Reservation:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if isinstance(error, asyncio.CancelledError | ConnectionError):
+        if self.outcome is None and isinstance(error, asyncio.CancelledError | ConnectionError):
             # Cancelled by the server, or found out by us on writing to a closed connection.
             self.outcome = Outcome.CLIENT_LEFT
         self.settle()

@@ -79,6 +79,7 @@ class Database:
     @classmethod
     async def open(cls, path: Path, migrations: Iterable[Migration] | None = None) -> Self:
         """Open or create the database at `path`, for this process alone; else DatabaseRefused."""
+        _refuse_foreign(path)
         lock_fd = _lock(path)
         try:
             _make_private(path)
@@ -222,6 +223,25 @@ def _lock(path: Path) -> int:
     return fd
 
 
+def _refuse_foreign(path: Path) -> None:
+    """A file that is plainly somebody else's is left exactly as it is."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(100)
+            pages = os.fstat(file.fileno()).st_size // 4096
+    except OSError:
+        return  # there is none, or it cannot be read: told by whoever opens it next
+    if not header:
+        return
+    if not header.startswith(b"SQLite format 3\0"):
+        raise DatabaseRefused(f"{path}: file is not a database. {_RESTORE}")
+    # Offset 60 is `user_version`, which our first migration sets (sqlite.org/fileformat2.html).
+    # That may still be in the write-ahead log, beside a file of one page.
+    version = int.from_bytes(header[60:64])
+    if version == 0 and pages > 1 and not path.with_name(path.name + "-wal").exists():
+        raise DatabaseRefused(f"{path}: belongs to another program. {_OWN_FILE}")
+
+
 def _make_private(path: Path) -> None:
     """Let nobody else read the database. SQLite gives its -wal and -shm the same mode."""
     try:
@@ -278,8 +298,7 @@ async def _migrate(
         tables = list(await connection.execute_fetchall("SELECT name FROM sqlite_schema LIMIT 1"))
         if tables:
             raise DatabaseRefused(
-                f"{path}: belongs to another program (it has a table {tables[0][0]!r}). "
-                "Give gwproxy a [storage] path of its own."
+                f"{path}: belongs to another program (it has a table {tables[0][0]!r}). {_OWN_FILE}"
             )
     for migration in migrations:
         if migration.version <= version:
@@ -322,7 +341,8 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 _CHECK_ACCESS: Final = "Check that this user may read and write the file and its folder."
-_RESTORE: Final = "Move the file aside and restore a backup."
+_RESTORE: Final = "Move the file aside and restore a backup of it, or name another [storage] path."
+_OWN_FILE: Final = "Give [storage] path a file of its own."
 
 
 def _cure(error: sqlite3.Error) -> str:
