@@ -181,7 +181,10 @@ def _build(args: argparse.Namespace) -> int:
     try:
         from genai_prices.data import providers
     except ImportError:
-        print("genai-prices is not installed: pip install '.[prices]' in the checkout", file=sys.stderr)
+        print(
+            "genai-prices is not installed: pip install '.[prices]' in the checkout",
+            file=sys.stderr,
+        )
         return 2
     table = compile_table(providers, metadata.version("genai-prices"))
     PriceBook(table)  # a table that cannot be read is never written
