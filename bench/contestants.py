@@ -263,8 +263,8 @@ def gwproxy_version() -> str:
 ENTRANTS = (
     Entrant(
         "gwproxy",
-        "nothing switched off, no default changed: budgets on organization and user, a key, "
-        "prices; ledger, metering, metrics and request log as this version does them",
+        "nothing switched off, no default changed: authentication, prices, metering, metrics and "
+        "request log; budgets are set and there is no ledger yet that would hold requests to them",
         gwproxy,
         gwproxy_version,
     ),

@@ -238,7 +238,7 @@ async def test_a_client_that_leaves_pays_for_what_it_got(
             assert app is not None
             [pool] = app._upstream._pools.values()
             [connection] = pool.active
-            await until(lambda: connection.exchange._reply.meter.usage is not None)  # type: ignore[union-attr]
+            await until(lambda: connection.exchange._reply.meter.usage is not None)
         elif source == "counted" and not committed:
             app = front.gateway.app
             assert app is not None
@@ -430,7 +430,7 @@ async def test_a_prompt_too_large_to_count_is_estimated_by_its_bytes(books: Book
     )
     quote = books.quote(request, [candidate("a/cheap")])
     trace = Trace("req_1", 0.0)
-    async with books.reserve(None, quote, trace) as reservation:  # type: ignore[arg-type]
+    async with books.reserve(None, quote, trace) as reservation:
         reservation.attempt(quote.priced[0])
         reservation.sent()
     assert trace.tokens is not None

@@ -308,5 +308,5 @@ async def test_a_running_gateway_is_scraped_by_those_who_may(front: Front) -> No
 
 
 async def test_a_scrape_needs_no_key_where_the_operator_says_so(start_gateway: object) -> None:
-    front = await start_gateway("[metrics]\nopen = true")  # type: ignore[operator]
+    front = await start_gateway("[metrics]\nopen = true")
     assert (await front.client.get("/metrics")).status == 200

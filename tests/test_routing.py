@@ -205,7 +205,7 @@ def chain(*weights: int) -> tuple[Candidate, ...]:
 
 
 def names(candidates: object) -> list[str]:
-    return [each.model for each in candidates]  # type: ignore[attr-defined]
+    return [each.model for each in candidates]
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def test_cancellation_and_the_exit_pass_through(kind: type[BaseException]) -> No
             raise kind
 
     tokenizer = Tokenizer.__new__(Tokenizer)
-    tokenizer._encoding = Interrupted()  # type: ignore[assignment]
+    tokenizer._encoding = Interrupted()
     with pytest.raises(kind):
         tokenizer.count("x")
 
@@ -217,7 +217,7 @@ def test_a_library_that_refuses_surrogates_is_given_replacement_characters() -> 
             return list(text.encode("utf-8"))
 
     tokenizer = Tokenizer.__new__(Tokenizer)
-    tokenizer._encoding = Strict()  # type: ignore[assignment]
+    tokenizer._encoding = Strict()
     assert tokenizer.count("a\ud83d") == len("a\ufffd".encode())
 
 

@@ -117,7 +117,7 @@ async def test_a_connection_hung_up_at_the_moment_of_the_request_is_replaced(
     assert (line["outcome"], line["source"]) == ("completed", "provider")
     assert [attempt["status"] for attempt in line["attempts"]] == [200]
     # What the dead connection was sent is not charged a second time.
-    assert line["tokens"]["input"] == ANSWER["usage"]["prompt_tokens"]  # type: ignore[index]
+    assert line["tokens"]["input"] == ANSWER["usage"]["prompt_tokens"]
 
 
 async def test_a_request_is_sent_once_more_and_not_twice(front: Front, upstream: Upstream) -> None:

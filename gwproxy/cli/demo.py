@@ -194,7 +194,7 @@ Metrics: {url}/metrics   Log: {folder / "serve.log"}""",
         return FINE
     print("Stop: Ctrl-C", flush=True)
     while server.poll() is None and upstream.poll() is None:
-        time.sleep(0.2)
+        time.sleep(0.2)  # two children to watch, and nothing that waits for either
     raise _Failed(f"a process ended by itself:\n{_last_words(folder)}")
 
 
@@ -233,7 +233,7 @@ def _logged(folder: Path, request_id: str) -> str:
                     f"logged: {tokens['input']} tokens in, {tokens['output']} out, "
                     f"{cost} USD, {line['outcome']}"
                 )
-        time.sleep(0.02)
+        time.sleep(0.02)  # the log is written ten times a second
     raise _Failed(f"the request is not in the log:\n{_last_words(folder)}")
 
 
