@@ -1,0 +1,453 @@
+"""The ledger: what is spent and held, per account and period, and how each record changes it.
+
+Pure: `apply` reads nothing but its arguments. The running process, the start after a crash and the
+writer of the database all go through it, so that they cannot come to different sums. Nobody else
+changes a balance. Amounts are nano-USD.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from gwproxy.core.records import (
+    NO_TOKENS,
+    Adjust,
+    Admin,
+    Alert,
+    AnyRecord,
+    Attempt,
+    Breaker,
+    Close,
+    Held,
+    Mark,
+    Reserve,
+    Settle,
+    Stop,
+    Storage,
+    Tokens,
+    Tried,
+)
+
+VOID: Final = "void"
+"""The outcome of a request that was refused after its record: it counts nowhere."""
+
+Key = tuple[str, str]
+"""An account and a period: ("user:alice", "2026-11")."""
+
+
+class Balance:
+    """One account in one period. It may spend `limit + credited`."""
+
+    __slots__ = ("count", "credited", "held", "spent")
+
+    def __init__(self, spent: int = 0, credited: int = 0, count: int = 0, held: int = 0) -> None:
+        self.spent = spent
+        self.credited = credited
+        self.count = count
+        self.held = held
+
+    def figures(self) -> tuple[int, int, int, int]:
+        return self.spent, self.credited, self.count, self.held
+
+
+class Hold:
+    """An open reservation."""
+
+    __slots__ = ("attempt", "attempt_lsn", "hidden", "holds", "mark", "reserve", "tokens")
+
+    def __init__(self, reserve: Reserve) -> None:
+        self.reserve = reserve
+        self.holds = reserve.holds
+        self.hidden = reserve.hidden
+        self.attempt: Attempt | None = None
+        """The record of the attempt under way, where it is not the first."""
+        self.mark: int | None = None
+        """No more than this has been relayed, in nano-USD; None: nothing was said yet."""
+        self.tokens = 0
+
+    @property
+    def amount(self) -> int:
+        """What is held on the caller's own accounts."""
+        return self.holds[0].hold
+
+    @property
+    def provider(self) -> str:
+        return self.attempt.provider if self.attempt else self.reserve.provider
+
+    def recovered_cost(self) -> int:
+        """What is charged when nobody is left to tell what was used: never less than that."""
+        if self.mark is None or self.hidden:
+            return self.amount
+        return self.mark
+
+
+class Entry(msgspec.Struct, frozen=True, gc=False):
+    """One line of an account. Lines are only ever added."""
+
+    lsn: int
+    reservation: int | None
+    account: str
+    period: str
+    type: str
+    """`settle`, `overrun` (what a request cost above its hold), or the type of an adjustment."""
+    amount: int
+    actor: str = ""
+    reason: str = ""
+
+
+class Request(msgspec.Struct, frozen=True, gc=False):
+    """One request, from its admission to its settlement: what a receipt is made of."""
+
+    lsn: int
+    t: int
+    id: str
+    key_id: str
+    user_id: str
+    org_id: str
+    model: str
+    provider: str
+    upstream_model: str
+    prices: str
+    held: int
+    degraded: bool
+    stream: bool
+    edits: tuple[str, ...]
+    settled_at: int | None = None
+    outcome: str | None = None
+    source: str | None = None
+    cost: int | None = None
+    overrun: int = 0
+    tokens: Tokens = NO_TOKENS
+    attempts: tuple[Tried, ...] = ()
+    status: int = 0
+    log_id: str = ""
+
+
+class Touched(msgspec.Struct, gc=False):
+    """The rows that a record changed. `holds` and `balances` name them: the state has the rest."""
+
+    entries: Sequence[Entry] = ()
+    balances: Sequence[Key] = ()
+    reservation: int | None = None
+    request: Request | None = None
+
+
+NOTHING = Touched()
+
+
+class State:
+    """All that the ledger knows. `directory` receives each row of an admin record."""
+
+    def __init__(self, directory: Callable[[Admin], None] | None = None) -> None:
+        self.lsn = 0
+        self.t = 0
+        self.balances: dict[Key, Balance] = {}
+        self.holds: dict[int, Hold] = {}
+        self.alerts: set[tuple[str, str, int]] = set()
+        self.breakers: dict[str, Breaker] = {}
+        self.idempotency: dict[str, int] = {}
+        """Keys of adjustments and admin changes, with the LSN that each one led to."""
+        self.directory = directory
+
+    def balance(self, key: Key) -> Balance:
+        """The balance to be changed: it is there from its first use."""
+        balance = self.balances.get(key)
+        if balance is None:
+            balance = self.balances[key] = Balance()
+        return balance
+
+
+class BrokenLedger(Exception):
+    """A record that cannot follow those before it: the journal is not what this program wrote."""
+
+
+# -- the one function ------------------------------------------------------------------------------
+
+
+def apply(state: State, record: AnyRecord) -> Touched:
+    """Change `state` as `record` says. BrokenLedger, and no change, where it cannot follow."""
+    lsn = record.lsn
+    if lsn != state.lsn + 1:
+        raise BrokenLedger(f"record {lsn} after record {state.lsn}")
+    touched = _APPLY[type(record)](state, record)
+    state.lsn = lsn
+    state.t = record.t
+    return touched
+
+
+def _reserve(state: State, record: Reserve) -> Touched:
+    state.holds[record.lsn] = Hold(record)
+    keys = _hold(state, record.holds)
+    return Touched((), keys, record.lsn, _admitted(record))
+
+
+def _mark(state: State, record: Mark) -> Touched:
+    hold = _open(state, record.r, record.lsn)
+    hold.mark = record.cost
+    hold.tokens = record.tokens
+    if not record.holds:
+        return Touched((), (), record.r)
+    return Touched((), _hold_instead(state, hold, record.holds), record.r)
+
+
+def _attempt(state: State, record: Attempt) -> Touched:
+    hold = _open(state, record.r, record.lsn)
+    hold.attempt = record
+    hold.mark = None
+    hold.tokens = 0
+    hold.hidden = record.hidden
+    return Touched((), _hold_instead(state, hold, record.holds), record.r)
+
+
+def _settle(state: State, record: Settle) -> Touched:
+    hold = _open(state, record.r, record.lsn)
+    del state.holds[record.r]
+    entries = []
+    keys = []
+    counts = record.outcome != VOID
+    for held in hold.holds:
+        key = (held.account, held.period)
+        keys.append(key)
+        balance = state.balances[key]
+        balance.held -= held.hold
+        amount = record.cost
+        if held.account.startswith("provider:"):
+            amount = _cost_of(held.account[9:], hold, record)
+        balance.spent += amount
+        balance.count += counts
+        over = amount - held.hold
+        if over > 0:
+            amount -= over
+            entries.append(Entry(record.lsn, record.r, *key, "overrun", over))
+        if amount:
+            entries.append(Entry(record.lsn, record.r, *key, "settle", amount))
+    return Touched(entries, keys, record.r, _settled(hold, record))
+
+
+def _adjust(state: State, record: Adjust) -> Touched:
+    entries = []
+    for key in record.accounts:
+        balance = state.balance(key)
+        if record.type == "grant":
+            balance.credited += record.delta
+        else:
+            balance.spent += record.delta
+        entries.append(
+            Entry(
+                record.lsn,
+                record.r,
+                *key,
+                record.type,
+                record.delta,
+                record.actor,
+                record.reason,
+            )
+        )
+    if record.idempotency_key is not None:
+        state.idempotency[record.idempotency_key] = record.lsn
+    return Touched(entries, record.accounts)
+
+
+def _close(state: State, record: Close) -> Touched:
+    state.balances.pop((record.account, record.period), None)
+    return Touched((), ((record.account, record.period),))
+
+
+def _admin(state: State, record: Admin) -> Touched:
+    if state.directory is not None:
+        state.directory(record)
+    if record.idempotency_key is not None:
+        state.idempotency[record.idempotency_key] = record.lsn
+    return NOTHING
+
+
+def _breaker(state: State, record: Breaker) -> Touched:
+    state.breakers[record.provider] = record
+    return NOTHING
+
+
+def _alert(state: State, record: Alert) -> Touched:
+    state.alerts.add((record.account, record.period, record.percent))
+    return NOTHING
+
+
+def _nothing(state: State, record: AnyRecord) -> Touched:
+    return NOTHING
+
+
+_APPLY: Mapping[type[AnyRecord], Callable[[State, Any], Touched]] = {
+    Reserve: _reserve,
+    Mark: _mark,
+    Attempt: _attempt,
+    Settle: _settle,
+    Adjust: _adjust,
+    Close: _close,
+    Admin: _admin,
+    Breaker: _breaker,
+    Alert: _alert,
+    Storage: _nothing,
+    Stop: _nothing,
+}
+
+
+def _open(state: State, reservation: int, lsn: int) -> Hold:
+    hold = state.holds.get(reservation)
+    if hold is None:
+        raise BrokenLedger(f"record {lsn} is about reservation {reservation}, which is not open")
+    return hold
+
+
+def _hold(state: State, holds: Iterable[Held]) -> list[Key]:
+    keys = []
+    for held in holds:
+        key = (held.account, held.period)
+        keys.append(key)
+        state.balance(key).held += held.hold
+    return keys
+
+
+def _hold_instead(state: State, hold: Hold, holds: tuple[Held, ...]) -> list[Key]:
+    keys = []
+    for held in hold.holds:
+        key = (held.account, held.period)
+        keys.append(key)
+        state.balances[key].held -= held.hold
+    hold.holds = holds
+    return keys + _hold(state, holds)
+
+
+def _cost_of(provider: str, hold: Hold, record: Settle) -> int:
+    """What of the cost is one provider's own."""
+    if len(record.attempts) < 2:
+        return record.cost if provider == hold.provider else 0
+    return sum(tried.cost for tried in record.attempts if tried.provider == provider)
+
+
+def _admitted(record: Reserve) -> Request:
+    return Request(
+        lsn=record.lsn,
+        t=record.t,
+        id=record.id,
+        key_id=record.key_id,
+        user_id=record.user_id,
+        org_id=record.org_id,
+        model=record.model,
+        provider=record.provider,
+        upstream_model=record.upstream_model,
+        prices=record.prices,
+        held=record.holds[0].hold,
+        degraded=record.degraded,
+        stream=record.stream,
+        edits=record.edits,
+    )
+
+
+def _settled(hold: Hold, record: Settle) -> Request:
+    reserve = hold.reserve
+    attempt = hold.attempt or reserve
+    return Request(
+        lsn=reserve.lsn,
+        t=reserve.t,
+        id=reserve.id,
+        key_id=reserve.key_id,
+        user_id=reserve.user_id,
+        org_id=reserve.org_id,
+        model=reserve.model,
+        provider=attempt.provider,
+        upstream_model=attempt.upstream_model,
+        prices=reserve.prices,
+        held=hold.amount,
+        degraded=reserve.degraded,
+        stream=reserve.stream,
+        edits=reserve.edits,
+        settled_at=record.t,
+        outcome=record.outcome,
+        source=record.source,
+        cost=record.cost,
+        overrun=record.overrun,
+        tokens=record.tokens,
+        attempts=record.attempts,
+        status=record.status,
+        log_id=record.log_id,
+    )
+
+
+# -- admission -------------------------------------------------------------------------------------
+
+
+class Account(msgspec.Struct, frozen=True, gc=False):
+    """An account as a request meets it: its name, the period that it is now, and its limit."""
+
+    name: str
+    period: str
+    limit: int | None
+    """None: no limit."""
+
+
+class Refusal(msgspec.Struct, frozen=True, gc=False):
+    """Why a hold does not fit, by the figures of the account that it does not fit."""
+
+    account: str
+    period: str
+    limit: int
+    settled: int
+    held: int
+    needed: int
+
+    @property
+    def remaining(self) -> int:
+        return max(0, self.limit - self.settled - self.held)
+
+
+_UNUSED: Final = Balance()
+
+
+def left(state: State, accounts: Iterable[Account]) -> int | None:
+    """What may still be held on all of these accounts, in nano-USD; None: as much as one likes."""
+    least: int | None = None
+    for account in accounts:
+        limit = account.limit
+        if limit is None:
+            continue
+        balance = state.balances.get((account.name, account.period), _UNUSED)
+        rest = limit + balance.credited - balance.spent - balance.held
+        if least is None or rest < least:
+            least = rest
+    return least
+
+
+def refusal(state: State, accounts: Iterable[Account], amount: int) -> Refusal | None:
+    """Why `amount` cannot be held on all of these accounts at once; None: it can.
+
+    A hold of nothing always fits: a model at $0 is not refused when the money is gone.
+    """
+    if amount <= 0:
+        return None
+    for account in accounts:
+        limit = account.limit
+        if limit is None:
+            continue
+        balance = state.balances.get((account.name, account.period), _UNUSED)
+        limit += balance.credited
+        if balance.spent + balance.held + amount > limit:
+            return Refusal(account.name, account.period, limit, balance.spent, balance.held, amount)
+    return None
+
+
+def held(state: State, accounts: Iterable[Account], amount: int) -> tuple[Held, ...]:
+    """The lines of a reserve record for a hold that fits."""
+    lines = []
+    for account in accounts:
+        balance = state.balances.get((account.name, account.period), _UNUSED)
+        limit = account.limit
+        lines.append(
+            Held(
+                account.name,
+                account.period,
+                amount,
+                None if limit is None else limit + balance.credited,
+                balance.spent + balance.held + amount,
+            )
+        )
+    return tuple(lines)
