@@ -5,6 +5,7 @@ Owns the clocks, the randomness and the one task group; everybody else is handed
 
 import asyncio
 import contextlib
+import functools
 import gc
 import os
 import secrets
@@ -25,22 +26,28 @@ from gwproxy.admin.routes import Admin
 from gwproxy.admin.routes import routes as admin_routes
 from gwproxy.config import Config, Listen
 from gwproxy.core.errors import StorageUnavailable
+from gwproxy.core.identity import FailureMode
+from gwproxy.core.learned import OutputLengths
+from gwproxy.core.money import NANOS_PER_USD
 from gwproxy.core.pricing import PriceBook
 from gwproxy.core.routing import CATALOGUE, Link, Provider, Routes, max_tokens_field
 from gwproxy.core.tokens import ByteEstimate, Counter, choose_counter
+from gwproxy.listener import Listener, request_ids
 from gwproxy.log import Log, capture_libraries
 from gwproxy.metrics import Metrics
+from gwproxy.proxy.account import AccountHandler
 from gwproxy.proxy.dispatch import Dispatch, Endpoint
 from gwproxy.proxy.handler import ChatHandler
 from gwproxy.proxy.intake import Intake
 from gwproxy.proxy.models import ModelsHandler
 from gwproxy.proxy.reply import Patience
 from gwproxy.proxy.upstream import Upstream
+from gwproxy.state.accounts import Accounts, Terms
 from gwproxy.state.books import Books
-from gwproxy.state.directory import Directory
-from gwproxy.state.keyring import Keyring
-from gwproxy.storage.database import HAS_WAL_RESET_BUG, SQLITE_VERSION, Database
-from gwproxy.web import Front, Listener, Route, Router, request_ids
+from gwproxy.state.rates import Rates
+from gwproxy.state.store import Kept, Store, Synchronous
+from gwproxy.storage.database import HAS_WAL_RESET_BUG, SQLITE_VERSION
+from gwproxy.web import Front, Route, Router
 
 BACKLOG: Final = 4096
 """Connections that the kernel keeps while the loop is busy; it cuts this to its own limit."""
@@ -107,17 +114,32 @@ class App:
             metrics.tokenizer_fallback.value = 1
             self.log.event("error", "tokenizer failed: tokens are estimated", fault=counter.fault)
 
-        database = await Database.open(config.storage.path)
-        self._cleanups.append(database.close)
-        keyring = Keyring()
-        directory = await Directory.open(database, keyring, time.time, secrets.randbelow)
-        self._directory = directory
+        self._group = group = asyncio.TaskGroup()
+        await group.__aenter__()
+        self._cleanups.append(self._end_background)
+        store = self._store = await Store.open(kept(config), group, self.log)
+        self._cleanups.append(store.close)
         self._cleanups.append(self._store_key_use)
+        keyring, ledger = store.keyring, store.ledger
+        metrics.refresh.append(functools.partial(_show_ledger, metrics, store))
 
         upstream = self._open_upstream(metrics)
         self._upstream = upstream
         dispatch = self._build_dispatch(upstream, metrics)
-        books = Books(prices, metrics, count=counter.count, clock=time.time)
+        accounts = Accounts(keyring, terms(config))
+        books = Books(
+            ledger,
+            keyring,
+            accounts,
+            prices,
+            Rates(time.monotonic),
+            OutputLengths(),
+            count=counter.count,
+            durable=store.durable,
+            lost=lambda: store.lost,
+            metrics=metrics,
+            log=self.log,
+        )
         intake = Intake(
             max_body_bytes=config.limits.max_body_bytes,
             body_timeout_s=config.limits.body_timeout_s,
@@ -131,11 +153,16 @@ class App:
             metrics=metrics,
             clock=time.time,
         )
+        account = AccountHandler(
+            keyring, accounts, ledger, find=store.find_request, clock=time.time
+        )
         models = ModelsHandler(keyring, routes, prices, extra=config.prices.models, clock=time.time)
         auth = AdminAuth(config.admin.key.reveal() if config.admin.key else None, time.monotonic)
         health = Health(metrics, lambda: self.draining)
         public = [
             Route("POST", "/v1/chat/completions", chat.handle, "chat", traced=True),
+            Route("GET", "/v1/usage", account.usage, "usage", traced=True),
+            Route("GET", "/v1/receipts/{request_id}", account.receipt, "usage", traced=True),
             Route("GET", "/v1/models", models.list, "models", traced=True),
             Route("GET", "/v1/models/{model_id:path}", models.show, "models", traced=True),
         ]
@@ -155,7 +182,7 @@ class App:
 
         admin = [
             Route(method, path, handler, "admin", guard=admins_only)
-            for method, path, handler in admin_routes(Admin(directory, auth))
+            for method, path, handler in admin_routes(Admin(store.directory, auth))
         ]
         scrape_guard = None
         if config.admin.listen is None and not config.metrics.open:
@@ -283,7 +310,7 @@ class App:
 
     async def _store_key_use(self) -> None:
         try:
-            await self._directory.flush()
+            await self._store.store_key_use()
         except StorageUnavailable as error:
             # When keys were last used can wait; what serves requests is in memory.
             cause = type(error.__cause__).__name__ if error.__cause__ else None
@@ -308,6 +335,9 @@ class App:
             async with asyncio.timeout(within_s):
                 for front in self._fronts:
                     await front.idle()
+
+    async def _end_background(self) -> None:
+        await self._group.__aexit__(None, None, None)
 
     async def _clean_up(self) -> None:
         while self._cleanups:
@@ -371,6 +401,47 @@ def build_routes(config: Config, prices: PriceBook) -> Routes:
             for provider in providers.values()
         },
     )
+
+
+def kept(config: Config) -> Kept:
+    """Where the configuration keeps things."""
+    storage = config.storage
+    return Kept(
+        storage.path,
+        storage.journal,
+        Synchronous(storage.synchronous),
+        storage.journal_segment_bytes,
+        storage.journal_max_bytes,
+    )
+
+
+def terms(config: Config) -> Terms:
+    """What the configuration says about money."""
+    return Terms(
+        default_max_output_tokens=config.quota.default_max_output_tokens,
+        provider_daily={
+            name: provider.daily_usd
+            for name, provider in config.providers.items()
+            if provider.daily_usd is not None
+        },
+        failure_mode=FailureMode(config.failure.mode),
+        outage_daily=config.failure.fallback_daily_limit_usd,
+    )
+
+
+def _show_ledger(metrics: Metrics, store: Store) -> None:
+    """The gauges that are read when they are asked for."""
+    state, journal = store.ledger.state, store.journal
+    holds = state.holds.values()
+    metrics.holds_open.value = len(holds)
+    metrics.held.value = sum(hold.amount for hold in holds) / NANOS_PER_USD
+    oldest = min((hold.reserve.t for hold in holds), default=None)
+    now_ms = store.ledger.now_ms()
+    metrics.hold_oldest.value = 0 if oldest is None else (now_ms - oldest) / 1000
+    metrics.storage_state.value = store.lost
+    metrics.journal_state.value = journal.lost is not None
+    metrics.journal_bytes.value = journal.size_bytes()
+    metrics.ledger_queue.value = state.lsn - store.writer.applied
 
 
 def _labels(routes: Routes, prices: PriceBook) -> tuple[frozenset[str], frozenset[str]]:

@@ -579,6 +579,8 @@ class Storage:
     path: Annotated[Path, _state_path] = Path("gwproxy.db")
     journal: Annotated[Path, _state_path] = Path("journal")
     synchronous: Annotated[str, _one_of("normal", "full")] = "normal"
+    journal_segment_bytes: Annotated[int, _whole(1 << 20, 1 << 30)] = 64 << 20
+    journal_max_bytes: Annotated[int, _whole(4 << 20, 1 << 40)] = 1 << 30
     backup_every_h: Annotated[int, _whole(0, 8760)] = 24
     keep_backups: Annotated[int, _whole(1, 1000)] = 7
 
@@ -1175,7 +1177,14 @@ class _Reader:
                 "is the database's own path or folder",
                 "give the journal a folder of its own",
             )
-        return Storage(**found)
+        storage = Storage(**found)
+        if storage.journal_max_bytes < 3 * storage.journal_segment_bytes:
+            self._problem(
+                "storage.journal_max_bytes",
+                "has no room for three segments",
+                f"write {3 * storage.journal_segment_bytes} or more",
+            )
+        return storage
 
     # -- rules for secrets and addresses --
 

@@ -38,6 +38,7 @@ _REMEMBERED: Final = 4096
 _OVERHEAD_S: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
 _UPSTREAM_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _GAP_S: Final = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0)
+_COMMIT_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 5.0)
 _STALL_S: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0)
 
 ERROR_TYPES: Final = frozenset(
@@ -172,6 +173,37 @@ class Metrics(Collector):
         self.holds_open = self._gauge(
             "gwproxy_holds_open", "Requests admitted and not yet settled."
         ).child()
+        self.hold_oldest = self._gauge(
+            "gwproxy_hold_oldest_seconds", "Age of the oldest open hold; 0 while there is none."
+        ).child()
+        self.held = self._gauge("gwproxy_held_usd", "What open holds set aside, in USD.").child()
+        self.overruns = self._counter(
+            "gwproxy_overruns_total", "Requests that cost more than was held for them."
+        ).child()
+        self._quota_refusals = self._counter(
+            "gwproxy_quota_refusals_total", "Requests refused by a budget.", "scope"
+        )
+        self._budget_alerts = self._counter(
+            "gwproxy_budget_alerts_total",
+            "Budgets of which most is spent: once per account, period and threshold.",
+            "scope",
+            "threshold",
+        )
+        self.storage_state = self._gauge(
+            "gwproxy_storage_state", "The database: 0 in order, 1 lost."
+        ).child()
+        self.journal_state = self._gauge(
+            "gwproxy_journal_state", "The journal: 0 in order, 1 lost."
+        ).child()
+        self.journal_bytes = self._gauge(
+            "gwproxy_journal_bytes", "Size of the journal's segments on disk."
+        ).child()
+        self.ledger_queue = self._gauge(
+            "gwproxy_ledger_queue", "Records in the journal that the database does not have yet."
+        ).child()
+        self.ledger_commit = self._spread(
+            "gwproxy_ledger_commit_seconds", "Time of one commit of the database.", _COMMIT_S
+        ).child()
         self._fallbacks = self._counter(
             "gwproxy_fallbacks_total",
             "Attempts that moved on to the next provider.",
@@ -192,6 +224,9 @@ class Metrics(Collector):
         self._gauge(
             "gwproxy_build_info", "Always 1; the labels say what runs.", "version", "python"
         ).child(__version__, platform.python_version()).value = 1
+
+        self.refresh: list[Callable[[], None]] = []
+        """Called before each scrape, by those whose gauges are cheaper read than kept."""
 
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
@@ -243,6 +278,12 @@ class Metrics(Collector):
     def settlement(self, outcome: str) -> Count:
         return self._settlements.child(outcome)
 
+    def quota_refusal(self, scope: str) -> Count:
+        return self._quota_refusals.child(scope)
+
+    def budget_alert(self, scope: str, percent: int) -> Count:
+        return self._budget_alerts.child(scope, str(percent))
+
     def fallback(self, old: str, new: str, reason: str) -> Count:
         return self._fallbacks.child(self._provider(old), self._provider(new), reason)
 
@@ -261,6 +302,8 @@ class Metrics(Collector):
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""
+        for refresh in self.refresh:
+            refresh()
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:

@@ -808,6 +808,8 @@ SAMPLES: dict[tuple[str, str], tuple[str, str]] = {
     ("storage", "path"): ('"/d/x.db"', "/d/x.db"),
     ("storage", "journal"): ('"j"', "j"),
     ("storage", "synchronous"): ('"full"', "full"),
+    ("storage", "journal_segment_bytes"): ("2097152", "2097152"),
+    ("storage", "journal_max_bytes"): ("2147483648", "2147483648"),
     ("log", "level"): ('"debug"', "debug"),
     ("metrics", "open"): ("true", "true"),
 }

@@ -64,6 +64,24 @@ def test_nothing_that_a_provider_sends_raises_and_what_comes_out_adds_up(reporte
         assert usage.output >= completion
 
 
+@given(
+    st.integers(0, 20), st.integers(0, 20), st.integers(0, 25), st.integers(0, 25), st.booleans()
+)
+def test_the_quick_way_says_what_the_long_way_says(
+    prompt: int, completion: int, read: int, reasoning: int, told: bool
+) -> None:
+    plain = {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": read} if told else None,
+    }
+    if told:
+        plain["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+    # A detail that says nothing is one that the quick way does not know.
+    assert Usage.from_openai(plain) == Usage.from_openai({**plain, "reasoning_tokens": None})
+
+
 @pytest.mark.parametrize(
     ("name", "reported", "usage"),
     [

@@ -8,7 +8,6 @@ import argparse
 import asyncio
 import getpass
 import os
-import secrets
 import socket
 import sys
 import time
@@ -23,13 +22,13 @@ import orjson
 from gwproxy.admin.auth import AdminAuth
 from gwproxy.admin.body import MOST_PER_PAGE, Page
 from gwproxy.admin.routes import Admin
+from gwproxy.cli.offline import opened
 from gwproxy.config import Config, ConfigError, Listen, find_config, load
 from gwproxy.core.errors import GatewayError
 from gwproxy.core.identity import is_id, parse
 from gwproxy.core.routing import CATALOGUE
-from gwproxy.state.directory import Directory
-from gwproxy.state.keyring import Keyring
-from gwproxy.storage.database import Database, DatabaseInUse, DatabaseRefused
+from gwproxy.storage.database import DatabaseInUse, DatabaseRefused
+from gwproxy.storage.segments import JournalInUse, JournalRefused
 
 FINE: Final = 0
 REFUSED: Final = 1
@@ -261,7 +260,7 @@ def _runs(command: Command) -> Callable[[argparse.Namespace], int]:
         except ConfigError as error:
             _say(str(error))
             return WRONG_USAGE
-        except DatabaseRefused as error:
+        except (DatabaseRefused, JournalRefused) as error:
             _say(str(error))
             return REFUSED
         except GatewayError as error:
@@ -278,8 +277,10 @@ async def _run(args: argparse.Namespace, config: Config, command: Command) -> in
     if args.url is not None:
         return await command(args, _over_http(config, args.url))
     try:
-        database = await Database.open(config.storage.path)
-    except DatabaseInUse as in_use:
+        async with opened(config) as store:
+            admin = Admin(store.directory, AdminAuth(None, time.monotonic))
+            return await command(args, _offline(admin))
+    except (DatabaseInUse, JournalInUse) as in_use:
         # Its owner is the server, as a rule: whoever holds the lock is the one to be asked.
         try:
             return await command(args, _over_http(config, None))
@@ -287,9 +288,6 @@ async def _run(args: argparse.Namespace, config: Config, command: Command) -> in
             if stop.code == UNREACHABLE:
                 raise _Stop(UNREACHABLE, f"{stop} The database is busy: {in_use}") from in_use
             raise
-    async with database:
-        directory = await Directory.open(database, Keyring(), time.time, secrets.randbelow)
-        return await command(args, _offline(Admin(directory, AdminAuth(None, time.monotonic))))
 
 
 def _exit_code(status: int) -> int:

@@ -39,6 +39,8 @@ _WATCHED = frozenset(
 )
 """Fields that may ask for more than tokens in and out; a body without them is not looked into."""
 
+_DEEPEST = 254
+
 _CLIENT_TOOLS = frozenset({"function", "custom"})
 """Tools that the client runs itself. Any other kind runs upstream, at a price nobody can bound."""
 
@@ -92,17 +94,21 @@ class ChatRequest(msgspec.Struct, frozen=True):
         choices = _count(body, "n", 1, MAX_CHOICES) or 1
         return cls(model, stream, include_usage, maximum, choices, body, len(raw))
 
-    def body_for(self, candidate: Candidate) -> bytes:
-        """The body for one candidate: its name for the model, and usage asked for in streams."""
+    @property
+    def thinks(self) -> bool:
+        """The caller asks for reasoning of models that do not reason unasked."""
+        return self.body.get("thinking") is not None
+
+    def body_for(self, candidate: Candidate, lowered: int | None = None) -> bytes:
+        """The body for one candidate: its name for the model, usage asked for in streams, and a
+        maximum of output tokens where `lowered` says one."""
         changed = {**self.body, "model": candidate.sent}
+        if lowered is not None:
+            changed[candidate.provider.max_tokens_field] = lowered
         if self.stream and not self.include_usage:
             options = changed.get("stream_options")
             changed["stream_options"] = {**(options or {}), "include_usage": True}
-        try:
-            return orjson.dumps(changed)
-        except orjson.JSONEncodeError:
-            # Values are read up to 1,024 levels deep and written up to 254.
-            raise InvalidRequest("The body is nested too deeply.", code="invalid_json") from None
+        return orjson.dumps(changed)
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
@@ -116,6 +122,13 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         ) from None
     if not isinstance(body, dict):
         raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
+    if raw.count(b"[") + raw.count(b"{") >= _DEEPEST:
+        # Values are read up to 1,024 levels deep and written up to 254: what cannot be sent is
+        # refused before anything is held for it.
+        try:
+            orjson.dumps(body)
+        except orjson.JSONEncodeError:
+            raise InvalidRequest("The body is nested too deeply.", code="invalid_json") from None
     return body
 
 

@@ -33,6 +33,7 @@ class GatewayError(Exception):
         headers: Mapping[str, str] | None = None,
         close: bool = False,
         body: bytes | None = None,
+        gateway: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -51,17 +52,20 @@ class GatewayError(Exception):
         """True: the connection cannot be reused, for its framing is in doubt or its body unread."""
         self.body = body
         """An upstream's own error body in OpenAI's shape, passed on as it came."""
+        self.gateway = gateway
+        """The figures that explain a refusal, for programs."""
 
     def envelope(self) -> dict[str, Any]:
         """The error in OpenAI's shape."""
-        return {
-            "error": {
-                "message": self.message,
-                "type": self.type,
-                "param": self.param,
-                "code": self.code,
-            }
+        error: dict[str, Any] = {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
         }
+        if self.gateway is not None:
+            error["gateway"] = self.gateway
+        return {"error": error}
 
 
 # -- the caller's side ---------------------------------------------------------------------------
@@ -115,6 +119,16 @@ class AlreadyExists(GatewayError):
     error_type = "caller_invalid"
 
 
+class RateLimited(GatewayError):
+    """Too many requests, tokens or open calls of one key or user. Waiting helps, money would not.
+
+    OpenAI's SDKs make their RateLimitError of the status, and retry after `Retry-After`.
+    """
+
+    status, type, code = 429, "rate_limit_exceeded", "rate_limit_exceeded"
+    error_type = "policy_rate"
+
+
 class RequestTooLarge(GatewayError):
     status, type, code = 413, "invalid_request_error", "request_too_large"
     error_type = "caller_invalid"
@@ -137,6 +151,18 @@ class BadRequest(GatewayError):
 
     status, type, code = 400, "invalid_request_error", "bad_request"
     error_type = "caller_invalid"
+
+
+class InsufficientQuota(GatewayError):
+    """A budget does not allow it. SDKs are told not to try again: money does not come back soon."""
+
+    status, type, code = 429, "insufficient_quota", "insufficient_quota"
+    error_type = "policy_quota"
+
+    def __init__(self, message: str, *, scope: str, **fields: Any) -> None:
+        """`scope` says whose budget: `key`, `user`, `org`, `provider` or `outage`."""
+        super().__init__(message, **fields)
+        self.scope = scope
 
 
 # -- our side ------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Pure: randomness and time come in as arguments, nothing is looked up here.
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import sha256
 from typing import Final
@@ -218,3 +218,9 @@ class Principal:
     org_id: str
     key_name: str | None
     allowed_models: tuple[str, ...] | None
+    accounts: tuple[str, str, str] = field(init=False, repr=False, compare=False)
+    """The names of the accounts that each of his requests is charged to."""
+
+    def __post_init__(self) -> None:
+        names = (f"key:{self.key_id}", f"user:{self.user_id}", f"org:{self.org_id}")
+        object.__setattr__(self, "accounts", names)

@@ -21,6 +21,7 @@ from gwproxy.core.records import (
     Close,
     Held,
     Mark,
+    Rates,
     Reserve,
     Settle,
     Stop,
@@ -122,6 +123,7 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     attempts: tuple[Tried, ...] = ()
     status: int = 0
     log_id: str = ""
+    rates: Rates | None = None
 
 
 class Touched(msgspec.Struct, gc=False):
@@ -209,7 +211,7 @@ def _settle(state: State, record: Settle) -> Touched:
     for held in hold.holds:
         key = (held.account, held.period)
         keys.append(key)
-        balance = state.balances[key]
+        balance = state.balance(key)
         balance.held -= held.hold
         amount = record.cost
         if held.account.startswith("provider:"):
@@ -250,8 +252,12 @@ def _adjust(state: State, record: Adjust) -> Touched:
 
 
 def _close(state: State, record: Close) -> Touched:
-    state.balances.pop((record.account, record.period), None)
-    return Touched((), ((record.account, record.period),))
+    key = (record.account, record.period)
+    balance = state.balances.get(key, _UNUSED)
+    if balance.figures() != (record.spent, record.credited, record.count, 0):
+        raise BrokenLedger(f"record {record.lsn} closes {key} with other figures than it has")
+    state.balances.pop(key, None)
+    return Touched((), (key,))
 
 
 def _admin(state: State, record: Admin) -> Touched:
@@ -312,16 +318,26 @@ def _hold_instead(state: State, hold: Hold, holds: tuple[Held, ...]) -> list[Key
     for held in hold.holds:
         key = (held.account, held.period)
         keys.append(key)
-        state.balances[key].held -= held.hold
+        state.balance(key).held -= held.hold
     hold.holds = holds
     return keys + _hold(state, holds)
 
 
 def _cost_of(provider: str, hold: Hold, record: Settle) -> int:
     """What of the cost is one provider's own."""
-    if len(record.attempts) < 2:
-        return record.cost if provider == hold.provider else 0
-    return sum(tried.cost for tried in record.attempts if tried.provider == provider)
+    if hold.attempt is None:
+        return record.cost
+    if record.attempts:
+        return sum(tried.cost for tried in record.attempts if tried.provider == provider)
+    # Nobody is left to tell: each one before is charged what was kept for it, the last the rest.
+    rest = record.cost
+    for held in hold.holds:
+        if held.account.startswith("provider:") and held.account[9:] != hold.provider:
+            own = min(held.hold, rest)
+            if held.account[9:] == provider:
+                return own
+            rest -= own
+    return rest
 
 
 def _admitted(record: Reserve) -> Request:
@@ -370,6 +386,7 @@ def _settled(hold: Hold, record: Settle) -> Request:
         attempts=record.attempts,
         status=record.status,
         log_id=record.log_id,
+        rates=record.rates,
     )
 
 
@@ -383,21 +400,6 @@ class Account(msgspec.Struct, frozen=True, gc=False):
     period: str
     limit: int | None
     """None: no limit."""
-
-
-class Refusal(msgspec.Struct, frozen=True, gc=False):
-    """Why a hold does not fit, by the figures of the account that it does not fit."""
-
-    account: str
-    period: str
-    limit: int
-    settled: int
-    held: int
-    needed: int
-
-    @property
-    def remaining(self) -> int:
-        return max(0, self.limit - self.settled - self.held)
 
 
 _UNUSED: Final = Balance()
@@ -415,24 +417,6 @@ def left(state: State, accounts: Iterable[Account]) -> int | None:
         if least is None or rest < least:
             least = rest
     return least
-
-
-def refusal(state: State, accounts: Iterable[Account], amount: int) -> Refusal | None:
-    """Why `amount` cannot be held on all of these accounts at once; None: it can.
-
-    A hold of nothing always fits: a model at $0 is not refused when the money is gone.
-    """
-    if amount <= 0:
-        return None
-    for account in accounts:
-        limit = account.limit
-        if limit is None:
-            continue
-        balance = state.balances.get((account.name, account.period), _UNUSED)
-        limit += balance.credited
-        if balance.spent + balance.held + amount > limit:
-            return Refusal(account.name, account.period, limit, balance.spent, balance.held, amount)
-    return None
 
 
 def held(state: State, accounts: Iterable[Account], amount: int) -> tuple[Held, ...]:

@@ -63,6 +63,8 @@ class Meter:
         "_count",
         "_groq_usage",
         "_held_chars",
+        "_read",
+        "_read_raw",
         "_texts",
         "_tokens",
         "_usage",
@@ -80,6 +82,8 @@ class Meter:
         self._held_chars = 0
         self._usage: dict[str, Any] | None = None
         self._groq_usage: dict[str, Any] | None = None
+        self._read_raw: dict[str, Any] | None = None  # the one that `_read` was made of
+        self._read: Usage | None = None
         self.events = 0
         self.finished = False
         """Some choice has given a finish_reason."""
@@ -159,6 +163,17 @@ class Meter:
         """
         return self._tokens + (self._held_chars + self.unparsed_bytes + 3) // 4
 
+    def bound(self) -> int:
+        """Output tokens so far at the most: of text that is held not yet counted, a token for each
+        of its bytes."""
+        if not self._held_chars:
+            return self._tokens + self.unparsed_bytes
+        held = 0
+        for text in self._texts.values():
+            chars = len(text.held)
+            held += chars if text.held.isascii() else 4 * chars
+        return self._tokens + held + self.unparsed_bytes
+
     def counted(self) -> int:
         """Output tokens that were to be seen so far. The held text is counted and stays held, so
         this may be asked at any time and as often as wanted."""
@@ -174,7 +189,9 @@ class Meter:
     def usage(self) -> Usage | None:
         """What the provider said it used, or None when it said nothing that can be used."""
         raw = self.usage_raw
-        return None if raw is None else Usage.from_openai(raw)
+        if raw is not self._read_raw:
+            self._read_raw, self._read = raw, Usage.from_openai(raw)
+        return self._read
 
     def _observe_field(self, index: object, field: str, value: Any, delta: dict[str, Any]) -> int:
         at = index if type(index) is int else 0

@@ -13,8 +13,8 @@ from datetime import date
 from decimal import Decimal
 from typing import Any
 
-from gwproxy.core.money import Nanos, Picos, nanos_from_picos, parse_rate
-from gwproxy.core.routing import Candidate
+from gwproxy.core.money import PICOS_PER_NANO, Nanos, Picos, nanos_from_picos, parse_rate
+from gwproxy.core.routing import CATALOGUE, Candidate
 from gwproxy.core.usage import Usage
 
 _DAY_S = 86_400
@@ -61,9 +61,7 @@ class Rate:
 
     def cost(self, usage: Usage) -> Nanos:
         """What the answer costs: exact, then rounded upwards once."""
-        tier = self.tiers[0]
-        if len(self.tiers) > 1:
-            tier = self._tier_for(usage.input_total)
+        tier = self.tier(usage.input_total)
         return nanos_from_picos(
             usage.input * tier.input
             + usage.cache_read * tier.cache_read
@@ -86,15 +84,36 @@ class Rate:
             )
         )
 
-    def _tier_for(self, input_total: int) -> Tier:
-        for tier in reversed(self.tiers):
-            if input_total > tier.above_input_tokens:
-                return tier
-        return self.tiers[0]
+    def affordable_output(self, input_tokens: int, amount: int) -> int | None:
+        """The most output tokens whose worst case, with this input, is within `amount` nano-USD.
+
+        Below 0 when not even the input is; None when output costs nothing.
+        """
+        most: int | None = None
+        for index, tier in enumerate(self.tiers):
+            if index == 0 or input_tokens > tier.above_input_tokens:
+                rest = amount * PICOS_PER_NANO - input_tokens * max(
+                    tier.input, tier.cache_read, tier.cache_write
+                )
+                if rest < 0:
+                    return -1
+                if tier.output:
+                    fitting = rest // tier.output
+                    most = fitting if most is None else min(most, fitting)
+        return most
+
+    def tier(self, input_total: int) -> Tier:
+        """The tier of a whole request with so much input."""
+        tiers = self.tiers
+        if len(tiers) > 1:
+            for tier in reversed(tiers):
+                if input_total > tier.above_input_tokens:
+                    return tier
+        return tiers[0]
 
 
 @dataclass(frozen=True, slots=True)
-class _Price:
+class Price:
     """A rate and when it is valid: from a day on, and within hours of the day (UTC)."""
 
     rate: Rate
@@ -113,7 +132,7 @@ class _Price:
         return start <= second < end if start <= end else second >= start or second < end
 
 
-def _choose(prices: Sequence[_Price], at_s: float | None) -> Rate:
+def _choose(prices: Sequence[Price], at_s: float | None) -> Rate:
     """The last valid price wins, else the first. Without a time: the newest at its dearest hour."""
     if at_s is not None:
         for price in reversed(prices):
@@ -136,7 +155,7 @@ class _Model:
     id: str
     names: tuple[str, ...]
     clauses: tuple[Callable[[str], bool], ...]
-    prices: tuple[_Price, ...]
+    prices: tuple[Price, ...]
     """Empty: the source knows the model and has no price per token for it."""
 
 
@@ -183,9 +202,9 @@ def _model(model_id: str, row: Mapping[str, Any]) -> _Model:
     )
 
 
-def _price(row: Mapping[str, Any], traits: Rate) -> _Price:
+def _price(row: Mapping[str, Any], traits: Rate) -> Price:
     start, hours = row.get("from"), row.get("hours")
-    return _Price(
+    return Price(
         rate=replace(traits, tiers=tuple(Tier(*tier) for tier in row["tiers"])),
         from_day=None if start is None else date.fromisoformat(start).toordinal() - _EPOCH,
         hours_s=None if hours is None else (_second_of_day(hours[0]), _second_of_day(hours[1])),
@@ -259,7 +278,8 @@ class PriceBook:
     ) -> None:
         """ValueError, naming the entry, for an override that cannot be read."""
         self._table_version: str = table["version"]
-        self._aliases: Mapping[str, str] = table["aliases"]
+        # Whatever a caller may write before the slash, an operator will write in a price's name.
+        self._aliases: Mapping[str, str] = {**CATALOGUE, **table["aliases"]}
         self._shelves = {slug: _Shelf(listing) for slug, listing in table["providers"].items()}
         self._put_on_top({}, overrides or {})
 
@@ -280,9 +300,9 @@ class PriceBook:
     ) -> None:
         self._overrides = {
             **below,
-            **{self._canonical(name): _override(name, row) for name, row in overrides.items()},
+            **{self.canonical(name): _override(name, row) for name, row in overrides.items()},
         }
-        self._known: dict[tuple[str, str], tuple[_Price, ...]] = {}
+        self._known: dict[tuple[str, str], tuple[Price, ...]] = {}
         self.version = self._table_version
         """Of the table, and of the overrides where there are any: stored with each charge."""
         if self._overrides:
@@ -295,14 +315,18 @@ class PriceBook:
         A request keeps the rate of the moment at which it was reserved. Without a time: the
         newest price, and where prices follow the hour, the dearest of the day.
         """
-        prices = self._known.get((provider, model))
-        if prices is None:
-            prices = self._look_up(provider, model)
-            if not prices:
-                return None
+        prices = self.history(provider, model)
+        if not prices:
+            return None
         if len(prices) == 1:
             return prices[0].rate
         return _choose(prices, at_s)
+
+    def history(self, provider: str, model: str) -> tuple[Price, ...]:
+        """Every price of a model with its time, past and future: of those that are valid at some
+        moment the last one holds. Empty when there is no price."""
+        prices = self._known.get((provider, model))
+        return self._look_up(provider, model) if prices is None else prices
 
     def rate_of(self, candidate: Candidate, at_s: float | None = None) -> Rate | None:
         """The rate of one candidate; None where a call of it could not be priced exactly."""
@@ -333,11 +357,21 @@ class PriceBook:
                 continue
             for name in (model.id, *model.names):
                 if shelf is not None and shelf.find(name.lower()) is model:
+                    names.discard(name.lower())  # its override, which has no capitals
                     names.add(name)
                     break
         return sorted(names)
 
-    def _look_up(self, provider: str, model: str) -> tuple[_Price, ...]:
+    def overrides(self) -> list[str]:
+        """The canonical names of what is overridden, those with a star included."""
+        return sorted(self._overrides)
+
+    def canonical(self, name: str) -> str:
+        """Overrides are found under a provider's one slug, whatever alias the operator wrote."""
+        provider, slash, model = name.partition("/")
+        return f"{self._aliases.get(provider, provider)}{slash}{model}".lower()
+
+    def _look_up(self, provider: str, model: str) -> tuple[Price, ...]:
         if len(provider) + len(model) > _LONGEST_NAME:
             return ()
         slug = self._aliases.get(provider, provider)
@@ -345,13 +379,13 @@ class PriceBook:
         prices = listed.prices if listed else ()
         override = self._overrides.get(f"{slug}/{model}".lower())
         if override is None and slug not in self._shelves:
-            override = self._overrides.get(model.lower())
+            override = self._overrides.get(self.canonical(model))
         if override is None:
             override = self._overrides.get(f"{slug}/*".lower())
         if override is not None:
             if listed is not None and listed.prices:
                 override = _with_traits_of(listed.prices[-1].rate, override)
-            prices = (_Price(override),)
+            prices = (Price(override),)
         if prices:
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
@@ -370,11 +404,6 @@ class PriceBook:
                 if found is not None:
                     return found
         return None
-
-    def _canonical(self, name: str) -> str:
-        """Overrides are found under a provider's one slug, whatever alias the operator wrote."""
-        provider, slash, model = name.partition("/")
-        return f"{self._aliases.get(provider, provider)}{slash}{model}".lower()
 
 
 _RATES = ("input", "output", "cache_read", "cache_write")

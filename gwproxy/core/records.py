@@ -16,6 +16,10 @@ Tokens = tuple[int, int, int, int, int]
 NO_TOKENS: Final[Tokens] = (0, 0, 0, 0, 0)
 
 
+Rates = tuple[int, int, int, int]
+"""Pico-USD for each token: fresh input, cache reads, cache writes, output."""
+
+
 class Held(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What one reservation holds on one account, with the decision's own figures beside it."""
 
@@ -126,6 +130,8 @@ class Settle(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False, ta
     """What the client was answered; 0: unknown."""
     log_id: str = ""
     """The upstream's own name for its log line."""
+    rates: Rates | None = None
+    """What the tokens were multiplied with; None: more than one attempt had a cost, or none."""
 
 
 class Adjust(Record, frozen=True, kw_only=True, omit_defaults=True, tag="adjust"):

@@ -13,14 +13,17 @@ from gwproxy.core.identity import Principal
 class Attempt:
     """One try at one provider, as the log shows it."""
 
-    __slots__ = ("duration_s", "model", "provider", "reason", "status")
+    __slots__ = ("cost", "duration_s", "error_type", "model", "provider", "reason", "status")
 
     def __init__(self, provider: str, model: str) -> None:
         self.provider = provider
         self.model = model
         self.status: int | None = None
+        self.error_type = ""
         self.reason = ""
         self.duration_s = 0.0
+        self.cost = 0
+        """What it may have cost, in nano-USD."""
 
     def json(self) -> str:
         status = "null" if self.status is None else self.status

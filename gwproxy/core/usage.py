@@ -8,6 +8,19 @@ import msgspec
 MOST_TOKENS = 10**9
 """A larger count is a fault of the sender, not a usage: no model reads or writes that much."""
 
+_OTHER_PLACES = frozenset(
+    {
+        "cached_tokens",
+        "prompt_cache_hit_tokens",
+        "cache_read_input_tokens",
+        "cache_creation_input_tokens",
+        "reasoning_tokens",
+    }
+)
+"""Where providers other than OpenAI put the details."""
+
+_NO_DETAILS: dict[str, Any] = {}
+
 
 class Usage(msgspec.Struct, frozen=True):
     """Tokens of one answer. The input buckets are disjoint; the output includes the reasoning."""
@@ -39,8 +52,11 @@ class Usage(msgspec.Struct, frozen=True):
         Zero is a usable value. Counts that are not whole numbers between 0 and 10**9 are read as
         if they were absent; details larger than the count they are part of are cut to it.
         """
-        if not isinstance(reported, dict):
+        if type(reported) is not dict:
             return None
+        plain = cls._from_plain(reported)
+        if plain is not None:
+            return plain
         get = reported.get
         prompt = _count(get("prompt_tokens"))
         completion = _count(get("completion_tokens"))
@@ -80,6 +96,27 @@ class Usage(msgspec.Struct, frozen=True):
         if completion is not None and reasoning < output - completion:
             reasoning = output - completion
         return cls(prompt - read - write, read, write, output, min(reasoning, output))
+
+    @classmethod
+    def _from_plain(cls, reported: dict[str, Any]) -> "Usage | None":
+        """The same for what nearly all say: whole numbers that agree, in OpenAI's places alone.
+        Half the price; None when it is anything else."""
+        get = reported.get
+        prompt, completion = get("prompt_tokens"), get("completion_tokens")
+        inner = get("prompt_tokens_details") or _NO_DETAILS
+        outer = get("completion_tokens_details") or _NO_DETAILS
+        if type(prompt) is type(completion) is int and type(inner) is type(outer) is dict:
+            read, reasoning = inner.get("cached_tokens", 0), outer.get("reasoning_tokens", 0)
+            if (
+                type(read) is type(reasoning) is int
+                and 0 <= read <= prompt <= MOST_TOKENS
+                and 0 <= reasoning <= completion <= MOST_TOKENS
+                and get("total_tokens") == prompt + completion
+                and "cache_write_tokens" not in inner
+                and _OTHER_PLACES.isdisjoint(reported)
+            ):
+                return cls(prompt - read, read, 0, completion, reasoning)
+        return None
 
 
 def _count(value: Any) -> int | None:

@@ -8,22 +8,22 @@ import time
 from email.utils import formatdate
 from typing import Final
 
+import orjson
 from aiohttp import web
 
 SERVER: Final = "gwproxy"
 
 
 class Answer(web.StreamResponse):
-    """A 200 whose head we write. aiohttp asks of it no more than is defined here.
+    """A 200 whose head we write. Nothing of aiohttp's own response is used.
 
-    `whole` gives a response that aiohttp sends; `stream` one whose head is sent at once, whose
+    `whole` gives a response that the listener sends; `stream` one whose head is sent at once, whose
     body its owner writes, and which `end` ends.
     """
 
     # Set for each instance; as class attributes they take the place of aiohttp's properties.
     keep_alive: bool = True
     status: int = 200
-    prepared: bool = True
 
     def __init__(self, request: web.BaseRequest) -> None:
         # Not aiohttp's own initialisation: cookies, header tables and compression are not ours.
@@ -48,27 +48,19 @@ class Answer(web.StreamResponse):
             # HTTP/1.0 knows no chunks: the body ends with the connection.
             answer.keep_alive = False
         answer._unsent = answer._head(request, fields)
-        answer._send(request)
+        answer.send(request)
         return answer
 
     def end(self, request: web.BaseRequest) -> None:
         """The stream's body is complete."""
         if self.in_chunks:
             self._unsent = b"0\r\n\r\n"
-            self._send(request)
+            self.send(request)
 
-    # -- what aiohttp calls --------------------------------------------------------------------
-
-    async def prepare(self, request: web.BaseRequest) -> None:
-        if self._unsent:
-            self._send(request)
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        """Nothing is left to write."""
-
-    # ------------------------------------------------------------------------------------------
-
-    def _send(self, request: web.BaseRequest) -> None:
+    def send(self, request: web.BaseRequest) -> None:
+        """What has not been sent yet, if anything."""
+        if not self._unsent:
+            return
         transport = request.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client is gone")
@@ -84,6 +76,20 @@ class Answer(web.StreamResponse):
             fields += "Connection: keep-alive\r\n"
         head = f"HTTP/1.1 200 OK\r\nServer: {SERVER}\r\nDate: {_date()}\r\n{fields}\r\n"
         return head.encode("latin-1")
+
+
+def json_answer(value: object, request_id: str, *, degraded: bool = False) -> web.Response:
+    """A small answer of our own, on the public routes that call no model."""
+    return web.Response(
+        body=orjson.dumps(value),
+        headers={
+            "Content-Type": "application/json",
+            "Cache-Control": "no-store",
+            "Server": SERVER,
+            "x-request-id": request_id,
+            "x-gateway-mode": "degraded" if degraded else "normal",
+        },
+    )
 
 
 _second = 0

@@ -31,7 +31,7 @@ from gwproxy.log import Log
 from gwproxy.metrics import Metrics
 from gwproxy.proxy.reply import Patience, Reply
 from gwproxy.proxy.upstream import SHUTDOWN, TRUNCATED, Connection, Failure, Origin, Pool, Upstream
-from gwproxy.state.books import Priced, Reservation
+from gwproxy.state.reservation import Planned, Priced, Reservation
 
 _NOT_A_CHAT_ANSWER = Verdict(
     Meaning.UPSTREAM_FAILURE,
@@ -146,33 +146,48 @@ class Sending:
         self._reply: Reply | None = None
 
     async def __aenter__(self) -> Reply:
-        chain = self._reservation.quote.priced
-        log, request_id = self._dispatch.log, self._trace.request_id
-        for number, priced in enumerate(chain, start=1):
-            provider = priced.candidate.provider.name
-            if log.debugging:
-                log.event("debug", "Attempting provider", request_id=request_id, provider=provider)
-            result = await self._attempt(priced, number)
+        dispatch, reservation, trace = self._dispatch, self._reservation, self._trace
+        chain = reservation.chain
+        planned, provider = chain[0], chain[0].priced.candidate.provider.name
+        failed: Verdict | None = None
+        for following in chain:
+            if failed is not None:
+                held = await reservation.next(following, failed.reason)
+                if held is None:
+                    continue  # what it may cost does not fit any more
+                planned, before = held, provider
+                provider = planned.priced.candidate.provider.name
+                self._fall_back(failed, before, provider)
+            if dispatch.log.debugging:
+                self._tell("Attempting provider", provider)
+            result = await self._attempt(planned)
             if isinstance(result, Reply):
-                if log.debugging:
-                    log.event(
-                        "debug", "Provider succeeded", request_id=request_id, provider=provider
-                    )
+                if dispatch.log.debugging:
+                    self._tell("Provider succeeded", provider)
                 return result
-            self._trace.attempts[-1].reason = result.reason
-            if number == len(chain) or not result.meaning.may_fall_back:
-                raise self._give_up(result, provider)
-            log.event(
-                "warning",
-                "Provider failed, trying next",
-                request_id=request_id,
-                provider=provider,
-                reason=result.reason,
-                status=result.status,
-            )
-            following = chain[number].candidate.provider.name
-            self._dispatch.metrics.fallback(provider, following, result.reason).value += 1
-        raise AssertionError("a quote has a candidate at least")
+            failed = result
+            trace.attempts[-1].reason = failed.reason
+            trace.attempts[-1].error_type = failed.error_type
+            if not failed.meaning.may_fall_back:
+                break
+        assert failed is not None, "a reservation has a candidate at least"
+        raise self._give_up(failed, provider)
+
+    def _tell(self, event: str, provider: str) -> None:
+        self._dispatch.log.event(
+            "debug", event, request_id=self._trace.request_id, provider=provider
+        )
+
+    def _fall_back(self, failed: Verdict, provider: str, following: str) -> None:
+        self._dispatch.log.event(
+            "warning",
+            "Provider failed, trying next",
+            request_id=self._trace.request_id,
+            provider=provider,
+            reason=failed.reason,
+            status=failed.status,
+        )
+        self._dispatch.metrics.fallback(provider, following, failed.reason).value += 1
 
     def _give_up(self, verdict: Verdict, provider: str) -> GatewayError:
         """The last candidate's failure, logged where it is not the caller's own."""
@@ -197,12 +212,13 @@ class Sending:
         if self._reply is not None:
             self._reply.close()
 
-    async def _attempt(self, priced: Priced, number: int) -> Reply | Verdict:
+    async def _attempt(self, planned: Planned) -> Reply | Verdict:
         """One candidate: its reply, or what its failure means."""
         dispatch, trace, reservation = self._dispatch, self._trace, self._reservation
+        priced, number = planned.priced, len(trace.attempts) + 1
         candidate = priced.candidate
         endpoint = dispatch.endpoint(candidate.provider.name)
-        body = self._chat.body_for(candidate)
+        body = self._chat.body_for(candidate, planned.plan.lowered)
         head = endpoint.request_head(self._principal, trace, priced, number, len(body))
         began = dispatch.now()
         record = Attempt(candidate.provider.name, candidate.model)
@@ -213,7 +229,7 @@ class Sending:
         try:
             connection: Connection | Failure | None = endpoint.pool.idle_connection()
             while True:
-                meter = reservation.attempt(priced)
+                meter = reservation.attempt(planned)
                 if connection is None:
                     connection = await endpoint.pool.connect()
                 if isinstance(connection, Failure):

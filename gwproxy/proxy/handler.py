@@ -11,8 +11,8 @@ from typing import Final
 from aiohttp import web
 
 from gwproxy.core.chat import ChatRequest, as_stream
-from gwproxy.core.errors import ModelNotFound
-from gwproxy.core.identity import Principal
+from gwproxy.core.errors import InsufficientQuota, ModelNotFound
+from gwproxy.core.identity import OnClientGone, Principal
 from gwproxy.core.routing import Routes, ordered
 from gwproxy.core.trace import Trace
 from gwproxy.core.upstream_words import passed_on
@@ -22,8 +22,10 @@ from gwproxy.proxy.dispatch import Dispatch
 from gwproxy.proxy.intake import Intake
 from gwproxy.proxy.relay import Relay
 from gwproxy.proxy.reply import Reply
-from gwproxy.state.books import Books, Outcome, Quote, Reservation
+from gwproxy.state.accounts import fields
+from gwproxy.state.books import Books
 from gwproxy.state.keyring import Keyring
+from gwproxy.state.reservation import Outcome, Quote, Reservation
 
 _JSON: Final = "Content-Type: application/json\r\n"
 
@@ -61,9 +63,11 @@ class ChatHandler:
 
     async def handle(self, request: web.BaseRequest, trace: Trace) -> web.StreamResponse:
         principal = trace.principal = self._keyring.authenticate(request.headers, self._clock())
-        chat = await self._intake.read(request, ChatRequest.parse)
+        features = self._keyring.organization_of(principal).allowed_features
+        allowed = frozenset(features)
+        chat = await self._intake.read(request, lambda raw: ChatRequest.parse(raw, allowed))
         trace.stream = chat.stream
-        quote = self._quote(principal, chat, trace)
+        quote = await self._quote(principal, chat, trace)
         async with (
             self._books.reserve(principal, quote, trace) as reservation,
             self._dispatch.send(principal, reservation, trace) as reply,
@@ -71,7 +75,7 @@ class ChatHandler:
             return await self._relay(request, reply, reservation, trace)
         # Leaving the block settles whatever was metered, on every way out.
 
-    def _quote(self, principal: Principal, chat: ChatRequest, trace: Trace) -> Quote:
+    async def _quote(self, principal: Principal, chat: ChatRequest, trace: Trace) -> Quote:
         allowed = principal.allowed_models
         chain = self._resolve(chat.model)
         if chain is None or (allowed is not None and chat.model not in allowed):
@@ -82,7 +86,7 @@ class ChatHandler:
                 param="model",
             )
         trace.model = chat.model
-        return self._books.quote(chat, ordered(chain, random.random()))
+        return await self._books.quote(principal, chat, ordered(chain, random.random()))
 
     async def _relay(
         self, request: web.BaseRequest, reply: Reply, reservation: Reservation, trace: Trace
@@ -93,41 +97,43 @@ class ChatHandler:
             theirs_s = reply.first_byte_at - reply.sent_at
             theirs_ms = theirs_s * 1000
             self._metrics.ttfb(trace.provider).observe(theirs_s)
-        fields = (
+        if reply.events is None:
+            reservation.settle()  # before its head goes out, so that the head shows it
+        lines = (
             f"x-request-id: {trace.request_id}\r\n"
             f"x-gateway-provider: {trace.provider}\r\n"
-            "x-gateway-mode: normal\r\n"
+            f"x-gateway-mode: {'degraded' if reservation.degraded else 'normal'}\r\n"
             f"Server-Timing: gw;dur={ours_ms:.2f}, up;dur={theirs_ms:.1f}\r\n"
-        )
+        ) + fields(reservation.figures())
+        if reservation.plan.lowered is not None:
+            lines += f"x-gateway-max-tokens: {reservation.plan.lowered}\r\n"
         for name, value in passed_on(reply.headers).items():
-            fields += f"{name}: {value}\r\n"
-        if reply.events is None and not trace.stream:
-            reservation.settle()
-            return Answer.whole(request, fields + _JSON, reply.whole)
-        fields += _STREAM
-        if reply.events is None:
-            reservation.settle()
-            chat = reservation.quote.chat
-            body = as_stream(reply.answer, include_usage=chat.include_usage)
-            return Answer.whole(request, fields, body)
-        return await self._relay_events(request, reply, reservation, fields)
+            lines += f"{name}: {value}\r\n"
+        if reply.events is not None:
+            return await self._relay_events(request, reply, reservation, lines + _STREAM)
+        if not trace.stream:
+            return Answer.whole(request, lines + _JSON, reply.whole)
+        chat = reservation.quote.chat
+        body = as_stream(reply.answer, include_usage=chat.include_usage)
+        return Answer.whole(request, lines + _STREAM, body)
 
     async def _relay_events(
         self,
         request: web.BaseRequest,
         reply: Reply,
         reservation: Reservation,
-        fields: str,
+        lines: str,
     ) -> web.StreamResponse:
         assert reply.events is not None
         dispatch = self._dispatch
-        answer = Answer.stream(request, fields)
+        answer = Answer.stream(request, lines)
         relay = Relay(
             dispatch.loop,
             dispatch.now,
             request,
             reply,
             reply.events,
+            reservation,
             chunked=answer.in_chunks,
             idle_s=dispatch.patience.idle_s,
         )
@@ -138,15 +144,21 @@ class ChatHandler:
             if reply.events.done:
                 # SDKs hang up on reading [DONE]: they have all that there was.
                 reservation.outcome = Outcome.COMPLETED
+            elif reservation.organization.on_client_gone is OnClientGone.DRAIN:
+                await relay.drain()
             raise
         finally:
             self._metrics.streams_open.value -= 1
             self._metrics.stream_gap.observe(reply.longest_gap_s)
         whole = relay.failure is None and reply.events.complete
+        trace, refusal = reservation.trace, relay.refusal
         reservation.outcome = Outcome.COMPLETED if whole else Outcome.TRUNCATED
-        if not whole:
+        if refusal is not None:
+            if isinstance(refusal, InsufficientQuota):
+                reservation.outcome = Outcome.CUT
+            trace.error_type, trace.error_code = refusal.error_type, refusal.code
+        elif not whole:
             failure = relay.failure
-            trace = reservation.trace
             trace.error_type = failure.error_type if failure else "provider_truncated"
             trace.error_code = "stream_interrupted"
         if relay.finish():

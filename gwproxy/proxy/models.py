@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
-import orjson
 from aiohttp import web
 
 from gwproxy.core.chat import MODEL_NAME_LIMIT
@@ -10,6 +9,7 @@ from gwproxy.core.errors import ModelNotFound
 from gwproxy.core.pricing import PriceBook
 from gwproxy.core.routing import Routes, candidate_of, known
 from gwproxy.core.trace import Trace
+from gwproxy.proxy.answer import json_answer
 from gwproxy.state.keyring import Keyring
 
 
@@ -39,7 +39,7 @@ class ModelsHandler:
             # A key's own list may name a model otherwise than it is listed here.
             owners = ((name, self._owner(name)) for name in sorted(principal.allowed_models))
         data = [_model(name, owner) for name, owner in owners if owner is not None]
-        return self._response({"object": "list", "data": data}, trace)
+        return json_answer({"object": "list", "data": data}, trace.request_id)
 
     async def show(
         self, request: web.BaseRequest, trace: Trace, model_id: str
@@ -51,7 +51,7 @@ class ModelsHandler:
             raise ModelNotFound(
                 "The model does not exist or this key may not use it.", param="model"
             )
-        return self._response(_model(model_id, owner), trace)
+        return json_answer(_model(model_id, owner), trace.request_id)
 
     def _owner(self, name: str) -> str | None:
         """Whose model this is, if it can be called: also by a name that is not listed, such as
@@ -62,18 +62,6 @@ class ModelsHandler:
                 if self._prices.rate_of(candidate) is not None:
                     return candidate.provider.name
         return owner
-
-    @staticmethod
-    def _response(value: object, trace: Trace) -> web.Response:
-        return web.Response(
-            body=orjson.dumps(value),
-            headers={
-                "Content-Type": "application/json",
-                "Server": "gwproxy",
-                "x-request-id": trace.request_id,
-                "x-gateway-mode": "normal",
-            },
-        )
 
 
 def _model(name: str, owner: str) -> dict[str, object]:

@@ -5,20 +5,27 @@ reading; then it waits for the client while the upstream is not read, so that no
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 import orjson
 from aiohttp import web
 
+from gwproxy.core.errors import GatewayError
 from gwproxy.core.stream import ChatStream
 from gwproxy.proxy.reply import Reply
 from gwproxy.proxy.upstream import IDLE_TIMEOUT, Failure
+from gwproxy.state.reservation import Reservation
 
 KEEP_ALIVE_AFTER_S = 15.0
 """Silence after which a comment is sent: proxies between us and the client hang up on quiet."""
 
 CLIENT_STALL_S = 120.0
 """A client that reads nothing for so long is gone, whatever its socket says."""
+
+DRAIN_S = 5.0
+DRAIN_BYTES = 1024 * 1024
+"""So much is read on of an answer whose client has left, for the sake of the usage at its end."""
 
 _KEEP_ALIVE = b": keepalive\n\n"
 
@@ -40,6 +47,7 @@ class Relay:
 
     __slots__ = (
         "_chunked",
+        "_drained",
         "_events",
         "_idle_s",
         "_last_out_at",
@@ -47,11 +55,13 @@ class Relay:
         "_now",
         "_protocol",
         "_reply",
+        "_reservation",
         "_stalled_at",
         "_transport",
         "_wake",
         "_writer",
         "failure",
+        "refusal",
     )
 
     def __init__(
@@ -61,6 +71,7 @@ class Relay:
         request: web.BaseRequest,
         reply: Reply,
         events: ChatStream,
+        reservation: Reservation,
         *,
         chunked: bool,
         idle_s: float,
@@ -75,18 +86,23 @@ class Relay:
         self._writer = request.writer
         self._reply = reply
         self._events = events
+        self._reservation = reservation
+        self._drained: int | None = None
+        """Bytes read since the client left; None: he is there."""
         self._chunked = chunked
         self._idle_s = idle_s
         self._wake: asyncio.Future[None] = loop.create_future()
         self._stalled_at = 0.0
         self._last_out_at = self._now()
         self.failure: Failure | None = None if events.done else reply.failure
+        self.refusal: GatewayError | None = None
+        """Why the stream was ended by us."""
 
     async def run(self) -> None:
         """Relay until the upstream's end. Cancelled when the client leaves."""
         reply = self._reply
         head = reply.body()
-        if head:
+        if head and self._may_leave():
             self._write(head)
         if not reply.ended:
             reply.connection.exchange = self
@@ -103,9 +119,26 @@ class Relay:
             self._wake = self._loop.create_future()
             await self._wake
 
+    async def drain(self) -> None:
+        """Read on without a client, within bounds."""
+        reply = self._reply
+        self._drained = 0
+        if reply.connection.exchange is not self:
+            return  # it was not ours yet, or is not any more
+        reply.connection.resume()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                while not reply.ended and self._drained <= DRAIN_BYTES:
+                    self._wake = self._loop.create_future()
+                    await self._wake
+
     def finish(self) -> bool:
         """Say how the stream ended, if the client cannot see it. False: only by hanging up."""
         events = self._events
+        if self.refusal is not None:
+            if events.at_boundary:
+                self._write(b"data: %b\n\n" % orjson.dumps(self.refusal.envelope()))
+            return events.at_boundary
         if self.failure is None and events.complete:
             return True
         if events.error is not None:
@@ -128,7 +161,11 @@ class Relay:
             reply.longest_gap_s = gap
         reply.last_byte_at = now
         leaving = self._events.feed(data)
-        if leaving:
+        if self._drained is not None:
+            self._drained += len(data)
+            if self._drained > DRAIN_BYTES:
+                self._rouse()
+        elif leaving and self._may_leave():
             self._last_out_at = now
             self._write(leaving)
             if self._protocol.writing_paused:
@@ -138,7 +175,7 @@ class Relay:
     def on_end(self, failure: Failure | None) -> None:
         # After [DONE] nothing can be missing, however the connection ended.
         self.failure = None if self._events.done else failure
-        if failure is None:
+        if failure is None and self._drained is None:
             last = self._events.finish()
             if last:
                 self._write(last)
@@ -146,6 +183,8 @@ class Relay:
         self._rouse()
 
     def tick(self, now: float) -> None:
+        if self._drained is not None:
+            return
         if self._stalled_at:
             if now - self._stalled_at > CLIENT_STALL_S:
                 self._transport.abort()
@@ -155,6 +194,19 @@ class Relay:
         elif now - self._last_out_at > KEEP_ALIVE_AFTER_S and self._events.at_boundary:
             self._last_out_at = now
             self._write(_KEEP_ALIVE)
+
+    def _may_leave(self) -> bool:
+        """Whether the watermark allows for all that was read, by now at the latest."""
+        reservation = self._reservation
+        if self._events.meter.bound() > reservation.mark:
+            try:
+                reservation.extend()
+            except GatewayError as error:
+                self.refusal = error
+                self._reply.close()
+                self._rouse()
+                return False
+        return True
 
     def _write(self, data: bytes) -> None:
         # uvloop raises on a write to a transport that is closing.

@@ -1,268 +1,320 @@
-"""The books: what a request may cost, what it has cost, and that it is settled exactly once.
+"""The books: what a request may cost, whether its budgets allow it, and what came of it.
 
-Memory only, and no `await` between a decision and its effect. A reservation is an `async with`
-whose exit settles, so that no way out of a request can forget to.
+No `await` between check, hold and record: `reserve` is one step. What a reservation does from then
+on, to its one settlement, is in `state.reservation`.
 """
 
 import asyncio
-import enum
-from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Self
-
-import msgspec
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
 
 from gwproxy.core.chat import ChatRequest
-from gwproxy.core.errors import ModelNotPriced
-from gwproxy.core.estimate import prompt_tokens
-from gwproxy.core.identity import Principal
-from gwproxy.core.meter import Meter
-from gwproxy.core.money import NANOS_PER_USD, Nanos
-from gwproxy.core.pricing import PriceBook, Rate
+from gwproxy.core.errors import ModelNotPriced, StorageUnavailable
+from gwproxy.core.estimate import prompt_bound, prompt_slices
+from gwproxy.core.holds import Ask, Short, plan
+from gwproxy.core.identity import FailureMode, Organization, Principal
+from gwproxy.core.learned import OutputLengths
+from gwproxy.core.ledger import Account, held, left
+from gwproxy.core.limits import limits_of
+from gwproxy.core.money import NANOS_PER_USD
+from gwproxy.core.pricing import PriceBook
+from gwproxy.core.records import Alert, Reserve
 from gwproxy.core.routing import Candidate
 from gwproxy.core.tokens import family_factor, scale
 from gwproxy.core.trace import Trace
-from gwproxy.core.usage import Usage
+from gwproxy.log import Log
 from gwproxy.metrics import Metrics
+from gwproxy.state.accounts import Accounts
+from gwproxy.state.keyring import Keyring
+from gwproxy.state.ledger import RETRY_AFTER_S, Ledger, RecordUncertain
+from gwproxy.state.rates import Rates
+from gwproxy.state.reservation import Desk, Planned, Priced, Quote, Reservation, Spent
 
-EXACT_PROMPT_BYTES = 256 * 1024
-"""A prompt that must be counted after the fact is counted exactly up to this size (about 15 ms);
-a larger one by its bytes, so that one settlement cannot hold up every other stream."""
+ALERT_PERCENT: Final = (80, 95, 100)
 
-
-_Tokens = tuple[int, int, int, int, int]
-
-
-class Outcome(enum.StrEnum):
-    COMPLETED = "completed"
-    FAILED = "failed"  # no provider answered
-    CLIENT_LEFT = "client_left"
-    TRUNCATED = "truncated"  # the upstream ended in the middle
-    UNKNOWN = "unknown"  # sent, and nothing came back
-
-
-class _Stage(enum.Enum):
-    """How far the attempt under way has come: it decides who pays for what."""
-
-    NOT_SENT = enum.auto()
-    SENT = enum.auto()
-    ANSWERING = enum.auto()
-
-
-class Priced(msgspec.Struct, frozen=True):
-    """A candidate with the rate of the moment of its quote."""
-
-    candidate: Candidate
-    rate: Rate
-
-
-class Quote(msgspec.Struct, frozen=True):
-    """The candidates of one request that have a price, in the order to be tried."""
-
-    chat: ChatRequest
-    priced: tuple[Priced, ...]
-    price_version: str
-
-
-class Spent(msgspec.Struct, frozen=True):
-    """What one attempt has consumed, and who says so."""
-
-    priced: Priced
-    usage: Usage
-    source: str
-
-    @property
-    def cost(self) -> Nanos:
-        return self.priced.rate.cost(self.usage)
-
-
-class Reservation:
-    """One admitted request. Leaving its `with` settles whatever was metered, once."""
-
-    __slots__ = (
-        "_books",
-        "_priced",
-        "_settled",
-        "_spent",
-        "_stage",
-        "meter",
-        "outcome",
-        "quote",
-        "trace",
-    )
-
-    def __init__(self, books: "Books", quote: Quote, trace: Trace) -> None:
-        self._books = books
-        self._priced: Priced | None = None
-        self._stage = _Stage.NOT_SENT
-        self._settled = False
-        self._spent: list[Spent] = []  # by attempts that were sent and never answered
-        self.quote = quote
-        self.trace = trace
-        self.meter: Meter | None = None
-        self.outcome: Outcome | None = None
-
-    async def __aenter__(self) -> Self:
-        self._books.metrics.holds_open.value += 1
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self.outcome is None and isinstance(error, asyncio.CancelledError | ConnectionError):
-            # Cancelled by the server, or found out by us on writing to a closed connection.
-            self.outcome = Outcome.CLIENT_LEFT
-        self.settle()
-
-    # -- told by dispatch and relay ----------------------------------------------------------
-
-    def attempt(self, priced: Priced) -> Meter:
-        """A new attempt begins, with a meter of its own."""
-        self._priced = priced
-        self._stage = _Stage.NOT_SENT
-        meter = self.meter = Meter(self._books.count)
-        return meter
-
-    def sent(self) -> None:
-        """The attempt's bytes are leaving: from here on the upstream may bill."""
-        self._stage = _Stage.SENT
-
-    def answering(self) -> None:
-        """The upstream accepted the request: what it answers is paid for."""
-        self._stage = _Stage.ANSWERING
-
-    def refused(self) -> None:
-        """The upstream answered with an error status: it bills nothing."""
-        self._stage = _Stage.NOT_SENT
-
-    def unanswered(self) -> None:
-        """The attempt ended without an answer: its prompt may have been billed."""
-        assert self._priced is not None
-        self._spent.append(Spent(self._priced, Usage(input=self._prompt_tokens()), "estimated"))
-        self._stage = _Stage.NOT_SENT
-
-    # -- the end -----------------------------------------------------------------------------
-
-    def settle(self) -> None:
-        """Fix what the request cost. A second call changes nothing."""
-        if self._settled:
-            return
-        self._settled = True
-        trace, metrics, spent = self.trace, self._books.metrics, self._spent
-        outcome = self.outcome
-        if outcome is None:
-            if self._stage is _Stage.ANSWERING:
-                outcome = Outcome.COMPLETED
-            else:
-                outcome = Outcome.UNKNOWN if spent else Outcome.FAILED
-        if self._stage is not _Stage.NOT_SENT:
-            spent.append(self._measure())
-        cost, tokens = 0, _NO_TOKENS
-        for each in spent:
-            usage, candidate, nanos = each.usage, each.priced.candidate, each.cost
-            consumed = (
-                usage.input,
-                usage.cache_read,
-                usage.cache_write,
-                usage.output,
-                usage.reasoning,
-            )
-            trace.source = each.source
-            cost += nanos
-            # One attempt is all that nearly every request has.
-            tokens = consumed if tokens is _NO_TOKENS else _added(tokens, consumed)
-            metrics.settled(
-                candidate.provider.name,
-                candidate.model,
-                each.source,
-                consumed,
-                nanos / NANOS_PER_USD,
-            )
-        trace.outcome = outcome
-        trace.cost_nanos = cost
-        trace.price_version = self.quote.price_version
-        trace.tokens = tokens
-        metrics.holds_open.value -= 1
-        metrics.settlement(outcome).value += 1
-
-    def _measure(self) -> Spent:
-        """What the attempt under way has consumed."""
-        meter, priced = self.meter, self._priced
-        assert meter is not None and priced is not None, "an attempt that was sent has both"
-        reported = meter.usage
-        if reported is not None and self.outcome in (None, Outcome.COMPLETED):
-            return Spent(priced, reported, "provider")
-        if self._stage is _Stage.SENT:
-            return Spent(priced, Usage(input=self._prompt_tokens()), "estimated")
-        counted = scale(meter.counted(), family_factor(priced.candidate.model))
-        if reported is None:
-            counted_usage = Usage(input=self._prompt_tokens(), output=counted)
-            return Spent(priced, counted_usage, "counted")
-        if counted <= reported.output:
-            return Spent(priced, reported, "provider")
-        # The stream went on after the last running total that the provider gave.
-        longer = Usage(
-            input=reported.input,
-            cache_read=reported.cache_read,
-            cache_write=reported.cache_write,
-            output=counted,
-            reasoning=reported.reasoning,
-        )
-        return Spent(priced, longer, "counted")
-
-    def _prompt_tokens(self) -> int:
-        assert self._priced is not None
-        chat = self.quote.chat
-        if chat.size_bytes > EXACT_PROMPT_BYTES:
-            tokens = (chat.size_bytes + 3) // 4
-        else:
-            tokens = prompt_tokens(chat.body, self._books.count)
-        return scale(tokens, family_factor(self._priced.candidate.model))
-
-
-_NO_TOKENS = (0, 0, 0, 0, 0)
-
-
-def _added(one: _Tokens, other: _Tokens) -> _Tokens:
-    a, b, c, d, e = (x + y for x, y in zip(one, other, strict=True))
-    return a, b, c, d, e
+NEGLIGIBLE: Final = 100
+"""A prompt is counted only where its bound is more than a hundredth of what is left."""
 
 
 class Books:
-    """Quotes and reservations. `count` is the tokenizer's, `clock` gives seconds since 1970."""
+    """Quotes and reservations. `count` is the tokenizer's; `lost` says whether the database is."""
 
     def __init__(
         self,
+        ledger: Ledger,
+        keyring: Keyring,
+        accounts: Accounts,
         prices: PriceBook,
-        metrics: Metrics,
+        rates: Rates,
+        lengths: OutputLengths,
         *,
         count: Callable[[str], int],
-        clock: Callable[[], float],
+        durable: Callable[[int], Awaitable[None]],
+        lost: Callable[[], bool],
+        metrics: Metrics,
+        log: Log,
     ) -> None:
+        self.ledger = ledger
+        self.accounts = accounts
+        self._keyring = keyring
         self._prices = prices
-        self.metrics = metrics
-        self.count = count
-        self._clock = clock
+        self._books_of: dict[str, tuple[Organization, PriceBook]] = {}
+        self._rates = rates
+        self._lengths = lengths
+        self._count = count
+        self._lost = lost
+        self._metrics = metrics
+        self._log = log
+        self._desk = Desk(ledger, accounts, count, durable, self._settled)
 
-    def quote(self, chat: ChatRequest, chain: Sequence[Candidate]) -> Quote:
-        """The candidates that can be priced; ModelNotPriced when there is none."""
-        now = self._clock()
-        priced = []
+    # -- quote -------------------------------------------------------------------------------
+
+    async def quote(
+        self, principal: Principal, chat: ChatRequest, chain: Sequence[Candidate]
+    ) -> Quote:
+        """The candidates that can be priced; ModelNotPriced when there is none.
+
+        Awaits only where a long prompt has to be counted.
+        """
+        organization = self._keyring.organization_of(principal)
+        prices = self._prices_of(organization)
+        at_s = self.ledger.now_ms() / 1000
+        rated = []
         for candidate in chain:
-            rate = self._prices.rate_of(candidate, now)
+            rate = prices.rate_of(candidate, at_s)
             if rate is not None:
-                priced.append(Priced(candidate, rate))
-        if not priced:
+                rated.append((candidate, rate))
+        if not rated:
             raise ModelNotPriced(
                 "This model has no price here, so it cannot be kept within a budget. "
                 "The operator can set one under [prices.models].",
                 param="model",
             )
-        return Quote(chat, tuple(priced), self._prices.version)
+        bound, counted = prompt_bound(chat.body, chat.size_bytes), None
+        room = left(self.ledger.state, self._own(principal, organization))
+        if room is not None:
+            dearest = max([rate.worst_case(bound, 0) for _, rate in rated])
+            if dearest * NEGLIGIBLE > room:
+                counted = await self._counted(chat)
+        priced = []
+        for candidate, rate in rated:
+            model = candidate.model
+            ask = Ask(
+                prompt=bound if counted is None else scale(counted, family_factor(model)),
+                declared=chat.max_output_tokens,
+                choices=chat.choices,
+                stream=chat.stream,
+                hidden=rate.hides_reasoning or chat.thinks,
+                learned=self._lengths.p95(principal.key_id, model),
+            )
+            priced.append(Priced(candidate, rate, ask))
+        return Quote(chat, tuple(priced), prices.version, counted)
+
+    async def _counted(self, chat: ChatRequest) -> int:
+        """The prompt's tokens, in slices that let the loop breathe."""
+        slices = prompt_slices(chat.body, self._count)
+        while True:
+            try:
+                next(slices)
+            except StopIteration as end:
+                return int(end.value)
+            await asyncio.sleep(0)
+
+    def _prices_of(self, organization: Organization) -> PriceBook:
+        if not organization.prices:
+            return self._prices
+        known = self._books_of.get(organization.org_id)
+        if known is None or known[0].prices is not organization.prices:
+            known = (organization, self._prices.with_overrides(organization.prices))
+            self._books_of[organization.org_id] = known
+        return known[1]
+
+    # -- reserve -----------------------------------------------------------------------------
 
     def reserve(self, principal: Principal, quote: Quote, trace: Trace) -> Reservation:
-        """Admit the request. Use as `async with`."""
-        return Reservation(self, quote, trace)
+        """Check, hold and record, in one step. Use the reservation as `async with`.
+
+        RateLimited, InsufficientQuota or StorageUnavailable, and then nothing was held.
+        """
+        ledger = self.ledger
+        organization = self._keyring.organization_of(principal)
+        degraded = self._degraded(organization)
+        ledger.admit()
+        periods = ledger.periods()
+        own = self.accounts.of(principal, organization, periods, degraded=degraded)
+        room = left(ledger.state, own)
+
+        chain: list[Planned] = []
+        edits: list[str] = []
+        refused: tuple[tuple[Account, ...], Short] | None = None
+        for priced in quote.priced:
+            provider = priced.candidate.provider.name
+            accounts, theirs = own, room
+            account = self.accounts.provider(provider, periods[1])
+            if not chain:
+                # Its own budget is looked at when its turn comes; the first one's turn is now.
+                today = left(ledger.state, (account,))
+                if today is not None and (theirs is None or today < theirs):
+                    accounts, theirs = (account,), today
+            found = plan(
+                priced.ask,
+                priced.rate,
+                organization.unbounded_policy,
+                theirs,
+                self.accounts.terms.default_max_output_tokens,
+            )
+            if isinstance(found, Short):
+                refused = refused or (accounts, found)
+                edits.append(f"skipped {provider}: over budget")
+            else:
+                chain.append(Planned(priced, found))
+
+        tokens = self._tokens(quote, chain)
+        rates = self._rates.admit(limits_of(*self._keyring.limited(principal)), tokens)
+        if not chain:
+            rates.undo()
+            assert refused is not None, "a quote has a candidate at least"
+            accounts, short = refused
+            refusal = self.accounts.refuse(ledger.state, accounts, short.needed, short.fits)
+            self._metrics.quota_refusal(refusal.scope).value += 1
+            raise refusal
+
+        first = chain[0]
+        candidate, lowered = first.priced.candidate, first.plan.lowered
+        if lowered is not None:
+            edits.append(f"{candidate.provider.max_tokens_field}={lowered}")
+        account = self.accounts.provider(candidate.provider.name, periods[1])
+        amount = max([planned.plan.cost for planned in chain])
+        stamp = ledger.stamp()
+        record = Reserve(
+            **stamp,
+            id=trace.request_id,
+            model=quote.chat.model,
+            provider=candidate.provider.name,
+            upstream_model=candidate.model,
+            prices=quote.price_version,
+            holds=(
+                *held(ledger.state, own, amount),
+                *held(ledger.state, (account,), first.plan.cost),
+            ),
+            prompt=first.priced.ask.prompt,
+            max=first.plan.output,
+            stream=quote.chat.stream,
+            hidden=first.priced.ask.hidden,
+            degraded=degraded,
+            edits=tuple(edits),
+        )
+        try:
+            ledger.post(record)
+        except RecordUncertain:
+            rates.undo()
+            ledger.void(record.lsn)
+            raise
+        except StorageUnavailable:
+            rates.undo()
+            raise
+        return Reservation(
+            self._desk,
+            principal,
+            organization,
+            quote,
+            chain,
+            rates,
+            periods,
+            record.lsn,
+            trace,
+            degraded=degraded,
+        )
+
+    def _degraded(self, organization: Organization) -> bool:
+        """Whether the database is lost and this organization is served all the same."""
+        if not self._lost():
+            return False
+        if (organization.failure_mode or self.accounts.terms.failure_mode) is FailureMode.CLOSED:
+            raise StorageUnavailable(
+                "The gateway's database is not available at the moment.",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        return True
+
+    def _own(self, principal: Principal, organization: Organization) -> tuple[Account, ...]:
+        return self.accounts.of(
+            principal, organization, self.ledger.periods(), degraded=self._lost()
+        )
+
+    @staticmethod
+    def _tokens(quote: Quote, chain: Sequence[Planned]) -> int:
+        """What a limit on tokens a minute is asked for."""
+        if chain:
+            return chain[0].priced.ask.prompt + chain[0].plan.output
+        ask = quote.priced[0].ask
+        return ask.prompt + (ask.declared or 0) * ask.choices
+
+    # -- settle ------------------------------------------------------------------------------
+
+    def _settled(self, reservation: Reservation, spent: Sequence[Spent], overrun: int) -> None:
+        """What a settlement means to everybody but the ledger."""
+        metrics = self._metrics
+        for each in spent:
+            candidate, usage = each.priced.candidate, each.usage
+            metrics.settled(
+                candidate.provider.name,
+                candidate.model,
+                each.source,
+                (usage.input, usage.cache_read, usage.cache_write, usage.output, usage.reasoning),
+                each.cost / NANOS_PER_USD,
+            )
+            if each.source == "provider" and usage.output:
+                self._lengths.observe(reservation.principal.key_id, candidate.model, usage.output)
+        metrics.settlement(reservation.trace.outcome).value += 1
+        if overrun:
+            metrics.overruns.value += 1
+        if spent:
+            self._alert(reservation)
+
+    def _alert(self, reservation: Reservation) -> None:
+        """Say, once per account and period, that most of a budget is spent."""
+        ledger = self.ledger
+        state = ledger.state
+        for account in self.accounts.of(
+            reservation.principal, reservation.organization, reservation.periods
+        ):
+            if account.limit is None:
+                continue
+            balance = state.balances[account.name, account.period]
+            limit = account.limit + balance.credited
+            if balance.spent * 100 < limit * ALERT_PERCENT[0]:
+                continue
+            for percent in ALERT_PERCENT:
+                crossed = (account.name, account.period, percent)
+                if balance.spent * 100 < limit * percent or crossed in state.alerts:
+                    continue
+                self._raise_alert(*crossed, balance.spent, limit)
+
+    def _raise_alert(self, name: str, period: str, percent: int, spent: int, limit: int) -> None:
+        ledger = self.ledger
+
+        def record() -> None:
+            if (name, period, percent) not in ledger.state.alerts:
+                ledger.post(
+                    Alert(
+                        **ledger.stamp(),
+                        account=name,
+                        period=period,
+                        percent=percent,
+                        spent=spent,
+                        limit=limit,
+                    )
+                )
+                self._log.event(
+                    "warning",
+                    "budget alert",
+                    account=name,
+                    period=period,
+                    percent=percent,
+                    spent_nanos=spent,
+                    limit_nanos=limit,
+                )
+                self._metrics.budget_alert(name.partition(":")[0], percent).value += 1
+
+        ledger.must(record)

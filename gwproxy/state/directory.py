@@ -1,13 +1,13 @@
 """The directory: the one way in which organizations, users and keys are changed.
 
-Each change is decided on what memory knows, stored, and then applied to memory, one at a time. A
-restriction (revoke, suspend) is applied first: it holds even when it cannot be stored.
+Each change is decided on what memory knows, recorded and applied, in one step. A restriction
+(revoke, suspend) that cannot be recorded is applied all the same: it holds from the next request
+on, and is recorded as soon as it can be.
 """
 
-import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from gwproxy.core.errors import AlreadyExists, InvalidRequest, NotFound, StorageUnavailable
 from gwproxy.core.identity import (
@@ -28,32 +28,26 @@ from gwproxy.core.identity import (
     parse,
 )
 from gwproxy.core.money import Nanos
-from gwproxy.state.keyring import Change, Keyring
-from gwproxy.storage import directory as storage
-from gwproxy.storage.database import Database
+from gwproxy.core.records import Admin
+from gwproxy.state.keyring import Keyring
+from gwproxy.state.ledger import Ledger, NotRecorded, RecordUncertain
 
 Row = TypeVar("Row", Organization, User, ApiKey)
 
 
 class Directory:
     def __init__(
-        self, database: Database, keyring: Keyring, now: Callable[[], float], below: Below
+        self,
+        ledger: Ledger,
+        keyring: Keyring,
+        below: Below,
+        durable: Callable[[int], Awaitable[None]],
     ) -> None:
+        """`keyring` is what the ledger's state applies admin records to."""
         self.keyring = keyring
-        self._database = database
-        self._now = now
+        self._ledger = ledger
         self._below = below
-        self._changing = asyncio.Lock()
-        self._owed: dict[str, Change] = {}
-
-    @classmethod
-    async def open(
-        cls, database: Database, keyring: Keyring, now: Callable[[], float], below: Below
-    ) -> Self:
-        """Fill `keyring` from the database. `now` gives Unix seconds."""
-        for row in await storage.load(database):
-            keyring.apply(row)
-        return cls(database, keyring, now, below)
+        self._durable = durable
 
     # -- organizations ---------------------------------------------------------------------------
 
@@ -89,17 +83,17 @@ class Directory:
                 on_exhausted=on_exhausted,
                 on_client_gone=on_client_gone,
                 cache=cache,
-                created_at=int(self._now()),
+                created_at=self._now_s(),
             )
 
-        return await self._create(decide)
+        return await self._record("create", decide)
 
     async def set_organization_status(self, org_id: str, status: Status) -> Organization:
         def decide() -> Organization:
             row = self.organization(org_id)
             return replace(row, status=status, version=row.version + 1)
 
-        return await self._change(decide, restricts=status is Status.SUSPENDED)
+        return await self._record("update", decide, restricts=status is Status.SUSPENDED)
 
     def organization(self, org_id: str) -> Organization:
         row = self.keyring.organization(org_id)
@@ -138,17 +132,17 @@ class Directory:
                 rpm=rpm,
                 tpm=tpm,
                 max_parallel=max_parallel,
-                created_at=int(self._now()),
+                created_at=self._now_s(),
             )
 
-        return await self._create(decide)
+        return await self._record("create", decide)
 
     async def set_user_status(self, user_id: str, status: Status) -> User:
         def decide() -> User:
             row = self.user(user_id)
             return replace(row, status=status, version=row.version + 1)
 
-        return await self._change(decide, restricts=status is Status.SUSPENDED)
+        return await self._record("update", decide, restricts=status is Status.SUSPENDED)
 
     def user(self, user_id: str) -> User:
         row = self.keyring.user(user_id)
@@ -175,7 +169,7 @@ class Directory:
 
         def decide() -> ApiKey:
             self.user(user_id)
-            created_at = int(self._now())
+            created_at = self._now_s()
             if expires_at is not None and expires_at <= created_at:
                 raise InvalidRequest("`expires_at` must lie in the future.", param="expires_at")
             parts = parse(text)
@@ -194,7 +188,7 @@ class Directory:
                 expires_at=expires_at,
             )
 
-        return await self._create(decide), text
+        return await self._record("create", decide), text
 
     async def revoke_key(self, user_id: str, key_id: str) -> ApiKey:
         """Refuse the key from the next request on; NotFound when it is not this user's, or gone."""
@@ -204,78 +198,48 @@ class Directory:
             if row is None or row.user_id != user_id:
                 raise NotFound("This user has no key with this id.")
             if row.revoked_at is not None:
-                if key_id in self._owed:
-                    return row  # in force, and stored now at last
                 raise NotFound("This user has no key with this id.")
-            return replace(row, revoked_at=int(self._now()), version=row.version + 1)
+            return replace(row, revoked_at=self._now_s(), version=row.version + 1)
 
-        return await self._change(decide, restricts=True)
-
-    # -- now and then ----------------------------------------------------------------------------
-
-    async def flush(self) -> None:
-        """Store what is owed, and when each key was last used. For a timer, and for the stop."""
-        async with self._changing:
-            await self._store_owed()
-            uses = self.keyring.used_since_stored()
-            if uses:
-                await storage.update_last_used(self._database, uses)
-                self.keyring.stored(uses)
+        return await self._record("revoke", decide, restricts=True)
 
     # -- the one way -----------------------------------------------------------------------------
-    #
-    # Both are shielded from the cancellation of their caller: a client that leaves between the
-    # commit and its application would leave memory and storage apart.
 
-    async def _create(self, decide: Callable[[], Row]) -> Row:
-        async def create() -> Row:
-            async with self._changing:
-                row = decide()
-                await self._store_owed()
-                await storage.insert(self._database, row)
-                self.keyring.apply(row)
-                return row
-
-        return await asyncio.shield(create())
-
-    async def _change(self, decide: Callable[[], Row], *, restricts: bool) -> Row:
-        async def change() -> Row:
-            async with self._changing:
-                row = decide()
-                if restricts:
-                    await self._apply_and_store(row)
-                else:
-                    await self._store_owed()
-                    await storage.update(self._database, row)
-                    self.keyring.apply(row)
-                return row
-
-        return await asyncio.shield(change())
-
-    async def _apply_and_store(self, row: Change) -> None:
-        self.keyring.apply(row)
-        self._owed[_id(row)] = row
+    async def _record(
+        self, action: str, decide: Callable[[], Row], *, restricts: bool = False
+    ) -> Row:
+        """Decide, record, apply. StorageUnavailable where it could not be recorded: then nothing
+        has changed, unless it `restricts`."""
+        ledger = self._ledger
+        row = decide()
         try:
-            await self._store_owed()
-        except StorageUnavailable as error:
-            raise StorageUnavailable(
-                "In force at once, but not stored: it would be undone by a restart. Send it again.",
-                retry_after_s=error.retry_after_s,
-            ) from error
+            ledger.pay()
+            self._post(action, row)
+        except RecordUncertain as error:
+            raise StorageUnavailable(_UNSURE, retry_after_s=error.retry_after_s) from error
+        except NotRecorded as error:
+            if not restricts:
+                raise
+            self.keyring.apply(row)
+            ledger.must(lambda: self._post(action, row))
+            raise StorageUnavailable(_NOT_RECORDED, retry_after_s=error.retry_after_s) from error
+        await self._durable(ledger.state.lsn)
+        return row
 
-    async def _store_owed(self) -> None:
-        """Restrictions that could not be stored go first: a later row builds on their version."""
-        for row_id, row in list(self._owed.items()):
-            await storage.update(self._database, row)
-            del self._owed[row_id]
+    def _post(self, action: str, row: Organization | User | ApiKey) -> None:
+        stamp = self._ledger.stamp()
+        match row:
+            case Organization():
+                record = Admin(**stamp, action=action, org=row)
+            case User():
+                record = Admin(**stamp, action=action, user=row)
+            case ApiKey():
+                record = Admin(**stamp, action=action, key=row)
+        self._ledger.post(record)
+
+    def _now_s(self) -> int:
+        return self._ledger.now_ms() // 1000
 
 
-def _id(row: Change) -> str:
-    """Unique among all rows: an organization and a user may bear the same id."""
-    match row:
-        case Organization():
-            return f"organization/{row.org_id}"
-        case User():
-            return f"user/{row.user_id}"
-        case ApiKey():
-            return row.key_id
+_NOT_RECORDED = "In force at once, but not recorded yet: a restart now would undo it."
+_UNSURE = "In force at once, but it is not known whether it was recorded: send it again."

@@ -130,6 +130,13 @@ class Keyring:
         door.last_used_at = now
         return principal
 
+    def limited(self, principal: Principal) -> tuple[ApiKey, User]:
+        """The key and the user whose limits hold for this caller, as they are now."""
+        return self._doors_by_id[principal.key_id].key, self._users[principal.user_id]
+
+    def organization_of(self, principal: Principal) -> Organization:
+        return self._organizations[principal.org_id]
+
     # -- changes ---------------------------------------------------------------------------------
 
     def apply(self, change: Change) -> None:

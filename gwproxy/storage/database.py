@@ -1,23 +1,28 @@
-"""The database file: opened under a lock, made safe, migrated; one connection that writes.
+"""The database file: opened under a lock, made safe, migrated; one connection that writes to it,
+and a few that read, through a gate.
 
 The only room that knows aiosqlite. What SQLite says goes out as StorageUnavailable, so that nobody
-above depends on it; what stands in the way of opening goes out as DatabaseRefused, with the cure.
+above depends on it, with the error itself as its cause; what stands in the way of opening goes out
+as DatabaseRefused, with the cure.
 """
 
 import asyncio
-import fcntl
 import os
 import sqlite3
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
+from urllib.parse import quote
 
 import aiosqlite
 
-from gwproxy.core.errors import AlreadyExists, StorageUnavailable
+from gwproxy.core.errors import StorageUnavailable
+from gwproxy.storage import locks
+
+T = TypeVar("T")
 
 SQLITE_VERSION: Final = sqlite3.sqlite_version
 HAS_WAL_RESET_BUG: Final = sqlite3.sqlite_version_info < (3, 51, 3)
@@ -26,6 +31,16 @@ HAS_WAL_RESET_BUG: Final = sqlite3.sqlite_version_info < (3, 51, 3)
 It cannot happen here, where one single connection does both; a second program that writes to the
 file while it is open would bring it back, so an old version is worth a line in the log.
 """
+
+CHECKPOINT_BYTES: Final = 4 << 20
+"""The log's pages are brought into the file when there are so many: SQLite's own measure."""
+
+TRUNCATE_BYTES: Final = 64 << 20
+"""A log this long has a reader that keeps it from starting anew: no more are let in till it has."""
+
+READERS: Final = 2
+READ_S: Final = 5.0
+"""Bounds on reports: what reads for long keeps the log from being emptied."""
 
 _BUSY_TIMEOUT_MS: Final = (
     900  # below 1 s: whoever waits for us is told so before he gives up himself
@@ -36,6 +51,10 @@ _PRAGMAS: Final[Sequence[tuple[str, str, object]]] = (
     ("journal_mode", "WAL", "wal"),
     # A commit that was reported has reached the disk. Nobody on the path of a request waits for it.
     ("synchronous", "FULL", 2),
+    # The file itself is written to by our own checkpoints and by nothing else: see `fault`.
+    ("wal_autocheckpoint", "0", 0),
+    # A log that starts anew is cut, so that its length on the disk says how much is in it.
+    ("journal_size_limit", "0", 0),
     # A reader that came from outside (a backup, a shell) may hold us up for a moment, not for long.
     ("busy_timeout", str(_BUSY_TIMEOUT_MS), _BUSY_TIMEOUT_MS),
     # SQLite checks REFERENCES only when asked to, on each connection anew.
@@ -62,55 +81,139 @@ class DatabaseInUse(DatabaseRefused):
     """Another process holds it: most often the running server."""
 
 
+class DatabaseDamaged(DatabaseRefused):
+    """A page of it does not hold what SQLite has written there."""
+
+
+class FileChanged(Exception):
+    """The file is not the one that was opened, or somebody else has written to it."""
+
+
+class RolledBack(Exception):
+    """SQLite has ended a transaction by itself, as it does on a full disk, without a word."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Identity:
+    """What tells a file from all others, and from itself after somebody wrote to it."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        # By stat alone: to open the file and close it again would drop SQLite's locks on it.
+        status = os.stat(path)
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def same_file(self, other: "_Identity") -> bool:
+        return (self.device, self.inode) == (other.device, other.inode)
+
+
+class _Connection(aiosqlite.Connection):
+    """An aiosqlite connection to whose thread a whole piece of work can be given at once: a hop
+    between threads for each statement would cost more than the statements."""
+
+    async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        result: T = await self._execute(work, self._conn)  # type: ignore[no-untyped-call]
+        return result
+
+
+def transaction(
+    connection: sqlite3.Connection,
+    work: Callable[[sqlite3.Connection], T],
+    check: Callable[[], None],
+) -> T:
+    """All of what `work` does, or nothing of it; `check` is asked last, before the commit.
+
+    An error of the commit itself leaves open whether it happened.
+    """
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        result = work(connection)
+        assert_in_transaction(connection)
+        check()
+        connection.execute("COMMIT")
+    except BaseException:
+        with suppress(sqlite3.Error):
+            connection.rollback()  # does nothing where there is nothing to roll back
+        raise
+    return result
+
+
+def assert_in_transaction(connection: sqlite3.Connection) -> None:
+    """RolledBack, where the next statement would be committed on its own."""
+    if not connection.in_transaction:
+        raise RolledBack("SQLite has rolled back")
+
+
+class Reader:
+    """One look at the database: all that is read through it is of one moment."""
+
+    def __init__(self, connection: _Connection, as_of_lsn: int) -> None:
+        self.as_of_lsn = as_of_lsn
+        """The last record that had reached the tables then."""
+        self._connection = connection
+
+    async def read(self, sql: str, parameters: Sequence[Any] = ()) -> list[sqlite3.Row]:
+        """All rows: whoever may meet many asks for a page of them."""
+        with _mapped():
+            return await self._connection.run(lambda c: c.execute(sql, parameters).fetchall())
+
+
 class Database:
     """An open database. Made by `open`, given back by `close` or by leaving an `async with`."""
 
-    def __init__(
-        self, path: Path, lock_fd: int, connection: aiosqlite.Connection, schema_version: int
-    ) -> None:
+    def __init__(self, path: Path, lock_fd: int, migrations: Sequence[Migration]) -> None:
         self.path = path
-        self.schema_version = schema_version
+        self.schema_version = 0
         self._lock_fd = lock_fd
-        self._connection = connection
-        self._writing = asyncio.Lock()
+        self._migrations = migrations
+        self._connection: _Connection | None = None
+        self._working = asyncio.Lock()
         self._closed = False
-        self._identity = _identity(path)
+        self._identity: _Identity | None = None
+        """None: whatever stands there is taken."""
+        self._writes_itself = False
+        """Our own checkpoint is under way, and changes size and time."""
+        self._checkpoint_at_bytes = CHECKPOINT_BYTES
+        self._places = asyncio.Semaphore(READERS)
+        self._readers = 0
+        self._gate = asyncio.Event()
+        self._gate.set()
+        self._truncate_after = 0.0
 
     @classmethod
-    async def open(cls, path: Path, migrations: Iterable[Migration] | None = None) -> Self:
-        """Open or create the database at `path`, for this process alone; else DatabaseRefused."""
-        _refuse_foreign(path)
+    async def open(
+        cls, path: Path, migrations: Iterable[Migration] | None = None, *, create: bool = True
+    ) -> Self:
+        """Open or create the database at `path`, for this process alone; else DatabaseRefused.
+
+        `create=False` refuses one that is missing or empty: there has been one.
+        """
         lock_fd = _lock(path)
         try:
+            _refuse_foreign(path, create)
             _make_private(path)
-            connection = await _connect(path)
-            try:
-                await _set_pragmas(path, connection)
-                await _check(path, connection)
-                version = await _migrate(
-                    path, connection, packaged() if migrations is None else list(migrations)
-                )
-                return cls(path, lock_fd, connection, version)
-            except BaseException:
-                await connection.close()
-                raise
-        except sqlite3.Error as error:
-            os.close(lock_fd)
-            raise DatabaseRefused(f"{path}: {error}. {_cure(error)}") from error
+            database = cls(path, lock_fd, packaged() if migrations is None else list(migrations))
+            await database._connect(check=True)
+            return database
         except BaseException:
             os.close(lock_fd)
             raise
 
     async def close(self) -> None:
-        """Wait for the transaction that is under way, then close, then let go of the lock."""
+        """Wait for what is under way, then close, then let go of the lock."""
         if self._closed:
             return
         self._closed = True
-        async with self._writing:
+        async with self._working:
             try:
-                await self._connection.close()
+                await self._drop_connection()
             finally:
-                os.close(self._lock_fd)  # closing gives the flock back
+                os.close(self._lock_fd)  # closing gives the lock back
 
     async def __aenter__(self) -> Self:
         return self
@@ -118,47 +221,197 @@ class Database:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[aiosqlite.Connection]:
-        """All of what is done inside, or nothing of it. Leaving it without an error has committed.
+    # -- work on the one connection ----------------------------------------------------------------
 
-        Raises AlreadyExists where a UNIQUE index is hit, StorageUnavailable for all else that
-        SQLite refuses. Cancelled during the commit, it may have committed: whoever has to act on
-        the outcome shields itself.
-        """
-        async with self._writing:
-            self._assert_open()
+    async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Do `work` in the connection's thread; StorageUnavailable for what SQLite raises."""
+        async with self._working:
+            if self._connection is None or self._closed:
+                raise _unavailable()
             with _mapped():
-                try:
-                    await self._connection.execute("BEGIN IMMEDIATE")
-                    yield self._connection
-                    self._assert_same_file()
-                    # Fails when a full disk has made SQLite roll back by itself, unasked.
-                    await self._connection.execute("COMMIT")
-                except BaseException:
-                    # Does nothing outside a transaction. It queues behind a statement whose
-                    # answer we were kept from awaiting, so it cannot come too early.
-                    await self._connection.rollback()
-                    raise
+                return await self._connection.run(work)
+
+    async def commit(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """`work` as one transaction. Cancelled, it may have been committed all the same."""
+        return await self.run(lambda c: transaction(c, work, self._assert_unchanged))
 
     async def read(self, sql: str, parameters: Sequence[Any] = ()) -> list[sqlite3.Row]:
-        self._assert_open()
-        with _mapped():
-            return list(await self._connection.execute_fetchall(sql, parameters))
+        return await self.run(lambda c: c.execute(sql, parameters).fetchall())
 
-    def _assert_open(self) -> None:
-        if self._closed:
-            raise _unavailable()
+    # -- readers -----------------------------------------------------------------------------------
 
-    def _assert_same_file(self) -> None:
-        # Writes to a deleted file succeed, into a file that nobody will ever find again. Looked at
-        # by stat alone: opening and closing the file here would drop SQLite's locks on it.
+    @asynccontextmanager
+    async def reader(self, within_s: float = READ_S) -> AsyncIterator[Reader]:
+        """A look at the database, for 5 s at most and two at a time; else StorageUnavailable."""
         try:
-            same = _identity(self.path) == self._identity
+            async with asyncio.timeout(within_s):
+                await self._enter()
+        except TimeoutError as error:
+            raise _unavailable("Too many reports are being made at the moment.") from error
+        try:
+            if self._connection is None or self._closed:
+                raise _unavailable()
+            with _mapped():
+                self._assert_unchanged()
+                connection = await _open_connection(self.path, "ro")
+            try:
+                async with asyncio.timeout(within_s):
+                    with _mapped():
+                        as_of_lsn = await connection.run(_begin_reading)
+                    yield Reader(connection, as_of_lsn)
+            except TimeoutError as error:
+                raise _unavailable(
+                    f"The report took longer than {within_s:g} s: ask for a shorter span of time."
+                ) from error
+            finally:
+                await connection.interrupt()  # what still runs there is not waited for
+                await connection.close()
+        finally:
+            self._readers -= 1
+            self._places.release()
+            if not self._gate.is_set() and not self._readers:
+                with suppress(StorageUnavailable):  # the writer will meet it too
+                    await self._truncate()
+
+    async def _enter(self) -> None:
+        await self._places.acquire()
+        try:
+            await self._gate.wait()
+        except BaseException:
+            self._places.release()
+            raise
+        self._readers += 1
+
+    # -- the write-ahead log -----------------------------------------------------------------------
+
+    async def checkpoint(self) -> None:
+        """Bring the log into the file, when it is long enough to be worth it.
+
+        A log that has grown too long closes the gate to readers, and is cut once they have left.
+        """
+        with _mapped():
+            length = _length_of_log(self.path)
+        if length >= TRUNCATE_BYTES and asyncio.get_running_loop().time() >= self._truncate_after:
+            self._gate.clear()
+            if not self._readers:
+                await self._truncate()
+        elif length >= self._checkpoint_at_bytes:
+            _, in_log, done = await self._write_file("PASSIVE")
+            # Where a reader still needs it, trying again at each commit would change nothing.
+            self._checkpoint_at_bytes = CHECKPOINT_BYTES + (0 if done == in_log else length)
+
+    async def _truncate(self) -> None:
+        try:
+            busy, _, _ = await self._write_file("TRUNCATE")
+        finally:
+            self._gate.set()
+        if busy:  # somebody from outside reads: ours are not kept waiting for him
+            self._truncate_after = asyncio.get_running_loop().time() + READ_S
+
+    async def _write_file(self, mode: str) -> tuple[int, int, int]:
+        """A checkpoint: whether it was kept from finishing, pages in the log, those brought in."""
+
+        def checkpoint(connection: sqlite3.Connection) -> tuple[int, int, int]:
+            self._assert_unchanged()
+            self._writes_itself = True
+            try:
+                # Readers from outside are not waited for: every commit would wait with us.
+                connection.execute("PRAGMA busy_timeout = 0")
+                busy, pages, done = connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
+            finally:
+                self._take_identity()  # also after an error: it may have come half-way
+                self._writes_itself = False
+                connection.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
+            return busy, pages, done
+
+        return await self.run(checkpoint)
+
+    # -- the file ----------------------------------------------------------------------------------
+
+    def fault(self) -> str | None:
+        """What is wrong with the file, in words; None: it is as our own last checkpoint left it.
+
+        Writes to a deleted file succeed, and so do those to a file that somebody has written over.
+        """
+        expected = self._identity
+        if expected is None:
+            return None
+        try:
+            found = _Identity.of(self.path)
+        except FileNotFoundError:
+            return "the file is gone"
         except OSError as error:
-            raise _unavailable() from error
-        if not same:
-            raise _unavailable()
+            return f"the file cannot be looked at ({error.strerror})"
+        if not found.same_file(expected):
+            return "another file stands in its place"
+        # Asked on the loop while a checkpoint may begin or end in its thread.
+        ours = self._writes_itself or self._identity is not expected
+        return None if found == expected or ours else "somebody else has written to the file"
+
+    def _assert_unchanged(self) -> None:
+        fault = self.fault()
+        if fault is not None:
+            raise FileChanged(fault)
+
+    def _take_identity(self) -> None:
+        """The file as it is now is how we left it, if it is still the same one."""
+        with suppress(OSError):
+            found = _Identity.of(self.path)
+            if self._identity is None or found.same_file(self._identity):
+                self._identity = found
+
+    async def reopen(self, *, check: bool = False) -> None:
+        """Begin anew with the same file, with `check` after looking at all of it.
+
+        FileChanged or DatabaseRefused.
+        """
+        async with self._working:
+            # First: closing would bring the log into a file that is not ours any more.
+            self._assert_unchanged()
+            await self._drop_connection()
+            await self._connect(check)
+
+    async def replace(self, place: Callable[[Path], None]) -> None:
+        """Let `place` put another file here, in a thread; it has to move the one that is here.
+
+        The next `reopen` takes what stands there.
+        """
+        async with self._working:
+            await asyncio.to_thread(place, self.path)
+            # SQLite leaves a file alone that has moved, and the log that now bears its name.
+            await self._drop_connection()
+            self._identity = None
+
+    async def _connect(self, check: bool) -> None:
+        """DatabaseRefused where that is not possible."""
+        try:
+            connection = await _open_connection(self.path, "rw")
+            try:
+                await _set_pragmas(self.path, connection)
+                if check:
+                    await _check(self.path, connection)
+                self.schema_version = await _migrate(self.path, connection, self._migrations)
+                self._connection = connection
+                self._checkpoint_at_bytes = CHECKPOINT_BYTES
+                self._take_identity()
+            except BaseException:
+                self._connection = None
+                await connection.close()
+                raise
+        except sqlite3.Error as error:
+            raise DatabaseRefused(f"{self.path}: {error}. {_cure(error)}") from error
+
+    async def _drop_connection(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        self._writes_itself = True  # the last one to close brings the log into the file
+        try:
+            with suppress(sqlite3.Error):
+                await connection.close()
+        finally:
+            self._take_identity()
+            self._writes_itself = False
 
 
 @contextmanager
@@ -166,22 +419,17 @@ def _mapped() -> Iterator[None]:
     """What SQLite raises, as what our callers expect. The cause stays attached, for the log."""
     try:
         yield
-    except sqlite3.IntegrityError as error:
-        if error.sqlite_errorcode in _DUPLICATE:
-            raise AlreadyExists("This already exists.") from error
-        raise _unavailable() from error
-    except sqlite3.Error as error:
+    except (sqlite3.Error, FileChanged, RolledBack) as error:
         raise _unavailable() from error
 
 
-def _unavailable() -> StorageUnavailable:
-    return StorageUnavailable(
-        "The gateway's storage is not available at the moment.", retry_after_s=_RETRY_AFTER_S
-    )
+def _unavailable(
+    message: str = "The gateway's storage is not available at the moment.",
+) -> StorageUnavailable:
+    return StorageUnavailable(message, retry_after_s=_RETRY_AFTER_S)
 
 
 _RETRY_AFTER_S: Final = 5
-_DUPLICATE: Final = (sqlite3.SQLITE_CONSTRAINT_UNIQUE, sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY)
 
 
 def packaged() -> list[Migration]:
@@ -196,49 +444,43 @@ def packaged() -> list[Migration]:
 
 
 def _lock(path: Path) -> int:
-    """Take the lock beside the database. It is a file of its own, because closing any descriptor of
-    the database itself would drop the locks that SQLite holds on it."""
+    """Take the lock beside the database."""
     lock_path = path.with_name(path.name + ".lock")
     try:
-        fd = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return locks.take(lock_path)
+    except locks.Held as holder:
+        raise DatabaseInUse(
+            f"{path}: in use by another process{holder}. "
+            "Stop it first, or give this one a [storage] path of its own."
+        ) from holder
     except FileNotFoundError as error:
         raise DatabaseRefused(
             f"{path.parent}: there is no such folder. Create it, or set [storage] path."
         ) from error
     except OSError as error:
         raise DatabaseRefused(f"{lock_path}: {error.strerror}.") from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        holder = os.pread(fd, 20, 0).decode("ascii", "replace").strip()
-        os.close(fd)
-        raise DatabaseInUse(
-            f"{path}: in use by another process{f' ({holder})' if holder.isdigit() else ''}. "
-            "Stop it first, or give this one a [storage] path of its own."
-        ) from error
-    os.fchmod(fd, 0o600)
-    # For the message above only: what counts is the lock, which ends with its process.
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-    return fd
 
 
-def _refuse_foreign(path: Path) -> None:
+def _refuse_foreign(path: Path, create: bool) -> None:
     """A file that is plainly somebody else's is left exactly as it is."""
     try:
         with path.open("rb") as file:
             header = file.read(100)
             pages = os.fstat(file.fileno()).st_size // 4096
+    except FileNotFoundError:
+        header = b""
     except OSError:
-        return  # there is none, or it cannot be read: told by whoever opens it next
+        return  # it cannot be read: told by whoever opens it next
     if not header:
+        if not create:
+            raise DatabaseRefused(f"{path}: is missing or empty. {_RESTORE}")
         return
     if not header.startswith(b"SQLite format 3\0"):
         raise DatabaseRefused(f"{path}: file is not a database. {_RESTORE}")
     # Offset 60 is `user_version`, which our first migration sets (sqlite.org/fileformat2.html).
     # That may still be in the write-ahead log, beside a file of one page.
     version = int.from_bytes(header[60:64])
-    if version == 0 and pages > 1 and not path.with_name(path.name + "-wal").exists():
+    if version == 0 and pages > 1 and not _log_of(path).exists():
         raise DatabaseRefused(f"{path}: belongs to another program. {_OWN_FILE}")
 
 
@@ -255,16 +497,30 @@ def _make_private(path: Path) -> None:
         raise DatabaseRefused(f"{path}: {error.strerror}. {_CHECK_ACCESS}") from error
 
 
-async def _connect(path: Path) -> aiosqlite.Connection:
+async def _open_connection(path: Path, mode: str) -> _Connection:
+    """`mode` is SQLite's: neither `rw` nor `ro` ever makes a file."""
     # isolation_level=None: sqlite3 itself never begins or ends a transaction behind our back.
-    connection = await aiosqlite.connect(
-        path, isolation_level=None, timeout=_BUSY_TIMEOUT_MS / 1000
+    connection = _Connection(
+        lambda: sqlite3.connect(
+            f"file:{quote(str(path))}?mode={mode}",
+            uri=True,
+            isolation_level=None,
+            timeout=_BUSY_TIMEOUT_MS / 1000,
+        ),
+        iter_chunk_size=64,
     )
+    await connection
     connection.row_factory = sqlite3.Row
     return connection
 
 
-async def _set_pragmas(path: Path, connection: aiosqlite.Connection) -> None:
+def _begin_reading(connection: sqlite3.Connection) -> int:
+    connection.execute("BEGIN")
+    lsn: int = connection.execute("SELECT applied_lsn FROM meta").fetchone()[0]
+    return lsn
+
+
+async def _set_pragmas(path: Path, connection: _Connection) -> None:
     for name, value, expected in _PRAGMAS:
         await connection.execute_fetchall(f"PRAGMA {name} = {value}")
         # SQLite ignores what it cannot do without a word, so every one is read back.
@@ -276,16 +532,14 @@ async def _set_pragmas(path: Path, connection: aiosqlite.Connection) -> None:
             )
 
 
-async def _check(path: Path, connection: aiosqlite.Connection) -> None:
+async def _check(path: Path, connection: _Connection) -> None:
     # A file with a damaged page still takes inserts: look at all of it before trusting any of it.
     verdict = await _pragma(connection, "quick_check(1)")
     if verdict != "ok":
-        raise DatabaseRefused(f"{path}: damaged ({verdict}). {_RESTORE}")
+        raise DatabaseDamaged(f"{path}: damaged ({verdict}). {_RESTORE}")
 
 
-async def _migrate(
-    path: Path, connection: aiosqlite.Connection, migrations: Sequence[Migration]
-) -> int:
+async def _migrate(path: Path, connection: _Connection, migrations: Sequence[Migration]) -> int:
     """Bring the schema up to the newest migration, one transaction each; its version."""
     version = int(await _pragma(connection, "user_version"))
     newest = migrations[-1].version if migrations else 0
@@ -321,7 +575,7 @@ async def _migrate(
     return version
 
 
-async def _copy(path: Path, connection: aiosqlite.Connection, version: int) -> None:
+async def _copy(path: Path, connection: _Connection, version: int) -> None:
     """Keep the database as it was before its schema changes, as `<name>.schema-1`."""
     copy = path.with_name(f"{path.name}.schema-{version}")
     # VACUUM INTO fills an empty file and keeps its mode; what an interrupted run left is not empty.
@@ -330,14 +584,21 @@ async def _copy(path: Path, connection: aiosqlite.Connection, version: int) -> N
     await connection.execute("VACUUM INTO ?", (str(copy),))
 
 
-async def _pragma(connection: aiosqlite.Connection, name: str) -> Any:
+async def _pragma(connection: _Connection, name: str) -> Any:
     rows = list(await connection.execute_fetchall(f"PRAGMA {name}"))
     return rows[0][0]
 
 
-def _identity(path: Path) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
+def _log_of(path: Path) -> Path:
+    return path.with_name(path.name + "-wal")
+
+
+def _length_of_log(path: Path) -> int:
+    """After a commit there is one."""
+    try:
+        return os.stat(_log_of(path)).st_size
+    except OSError as error:
+        raise FileChanged(f"its write-ahead log is gone ({error.strerror})") from error
 
 
 _CHECK_ACCESS: Final = "Check that this user may read and write the file and its folder."

@@ -1,12 +1,12 @@
 """The SQL of organizations, users and keys: rows from values, values from rows, nothing decided."""
 
 import sqlite3
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
-import aiosqlite
+import msgspec
 import orjson
 
-from gwproxy.core.errors import StorageUnavailable
 from gwproxy.core.identity import (
     ApiKey,
     FailureMode,
@@ -36,38 +36,43 @@ async def load(database: Database) -> list[Row]:
     ]
 
 
-async def insert(database: Database, row: Row) -> None:
-    """Store a new row; AlreadyExists when its id, e-mail or key is taken."""
-    table, _, columns = _columns(row)
+def put(connection: sqlite3.Connection, row: Row) -> Row | None:
+    """Store a row as it stands now, within the caller's transaction; what stood there before."""
+    table, id_column, columns = _columns(row)
+    found = connection.execute(
+        f"SELECT * FROM {table} WHERE {id_column} = ?", (columns[id_column],)
+    ).fetchone()
     names = ", ".join(columns)
     marks = ", ".join(f":{name}" for name in columns)
-    async with database.transaction() as connection:
-        await connection.execute(f"INSERT INTO {table} ({names}) VALUES ({marks})", columns)
+    # When a key was last used is written by `update_last_used` alone: no record tells of it.
+    changes = ", ".join(
+        f"{name} = excluded.{name}" for name in columns if name not in (id_column, "last_used_at")
+    )
+    connection.execute(
+        f"INSERT INTO {table} ({names}) VALUES ({marks})"
+        f" ON CONFLICT ({id_column}) DO UPDATE SET {changes}",
+        columns,
+    )
+    return None if found is None else _VALUES[table](found)
 
 
-async def update(database: Database, row: Row) -> None:
-    """Store a row anew. Storing the same one twice is no error; a newer
-    one that stands there, or none at all, is: then storage and memory differ."""
+def named(row: Row) -> tuple[str, str]:
+    """What kind of row it is, and its id."""
     table, id_column, columns = _columns(row)
-    changes = ", ".join(f"{name} = :{name}" for name in columns if name != id_column)
-    async with database.transaction() as connection:
-        cursor = await connection.execute(
-            f"UPDATE {table} SET {changes}"
-            f" WHERE {id_column} = :{id_column} AND version <= :version",
-            columns,
-        )
-        _assert_one(cursor)
+    return table, columns[id_column]
+
+
+def shown(row: Row) -> str:
+    """The row as JSON, without what nobody needs to see."""
+    fields = msgspec.to_builtins(row)
+    fields.pop("digest", None)
+    return _json(fields)
 
 
 async def update_last_used(database: Database, uses: list[tuple[str, int]]) -> None:
     """Store (key_id, last used). Not a change that anybody made: versions stay."""
-    async with database.transaction() as connection:
-        await connection.executemany("UPDATE api_key SET last_used_at = ?2 WHERE key_id = ?1", uses)
-
-
-def _assert_one(cursor: aiosqlite.Cursor) -> None:
-    if cursor.rowcount != 1:
-        raise StorageUnavailable("The stored row is not the one that was expected.")
+    sql = "UPDATE api_key SET last_used_at = ?2 WHERE key_id = ?1"
+    await database.commit(lambda connection: connection.executemany(sql, uses))
 
 
 # -- values into columns and back ----------------------------------------------------------------
@@ -197,6 +202,13 @@ def _key(row: sqlite3.Row) -> ApiKey:
         last_used_at=row["last_used_at"],
         version=row["version"],
     )
+
+
+_VALUES: Final[Mapping[str, Callable[[sqlite3.Row], Row]]] = {
+    "organization": _organization,
+    "user": _user,
+    "api_key": _key,
+}
 
 
 def _nanos(column: int | None) -> Nanos | None:

@@ -1,0 +1,321 @@
+"""The listener: the side of the house that faces the clients' connections.
+
+aiohttp's parser and request objects are used, its low-level server's loop around them is not: that
+gives each request a task, a future and a timer of its own. What the parser lets through and must
+not pass is found here and handed to whoever answers, as the error to answer with.
+"""
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Protocol
+
+import orjson
+from aiohttp import web
+from aiohttp.hdrs import TRANSFER_ENCODING, UPGRADE
+from aiohttp.http import HttpVersion10, HttpVersion11, RawRequestMessage, StreamWriter
+from aiohttp.http_exceptions import BadHttpMessage, HttpProcessingError, LineTooLong
+from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
+from aiohttp.web_protocol import ERROR, _ErrInfo
+
+from gwproxy.core.errors import BadRequest, GatewayError, RequestTooLarge
+from gwproxy.proxy.answer import SERVER, Answer
+
+
+class Front(Protocol):
+    """Who answers the requests; `web.Front`, whose room this one does not know."""
+
+    max_header_bytes: int
+
+    async def handle(
+        self, request: web.BaseRequest, fault: GatewayError | None = None
+    ) -> web.StreamResponse:
+        """`fault`: what is wrong with the request already, if anything."""
+
+    def count_turned_away(self) -> None: ...
+
+
+class Listener(web.Server):
+    """aiohttp's server with our protocol, a limit on connections, and time-outs."""
+
+    def __init__(
+        self,
+        front: Front,
+        *,
+        loop: asyncio.AbstractEventLoop,
+        max_connections: int,
+        header_timeout_s: float,
+        keepalive_timeout_s: float,
+        request_ids: Callable[[], str],
+    ) -> None:
+        if HttpRequestParser is HttpRequestParserPy:
+            # Smuggling holes of the past were in the parser written in Python.
+            raise RuntimeError(
+                "aiohttp runs without its C parser: install its wheel, unset AIOHTTP_NO_EXTENSIONS"
+            )
+        super().__init__(
+            front.handle,
+            # A client that leaves ends its request at once, and with it the upstream's.
+            handler_cancellation=True,
+            loop=loop,
+        )
+        self.front = front
+        self.max_connections = max_connections
+        self.turned_away = 0
+        """Connections beyond the limit that are still being told so."""
+        self.header_timeout_s = header_timeout_s
+        self.keepalive_timeout_s = keepalive_timeout_s
+        self.request_ids = request_ids
+        self._protocol_options: Mapping[str, Any] = {
+            # A compressed body would be inflated before anybody knows who sent it.
+            "auto_decompress": False,
+            # One timer sweeps all connections; aiohttp's would be one each.
+            "keepalive_timeout": 0,
+            "access_log": None,
+        }
+        self._sweep_s = min(1.0, header_timeout_s / 2)
+        self._sweep = loop.call_later(self._sweep_s, self._close_due)
+
+    def __call__(self) -> "ListenerProtocol":
+        return ListenerProtocol(self, loop=self._loop, **self._protocol_options)
+
+    def stop_sweeping(self) -> None:
+        self._sweep.cancel()
+
+    def _close_due(self) -> None:
+        """Connections that are idle, or whose request's head has been coming, for too long."""
+        now = self._loop.time()
+        for protocol in tuple(self._connections):
+            assert isinstance(protocol, ListenerProtocol)
+            if protocol.due < now:
+                protocol.force_close()
+        self._sweep = self._loop.call_later(self._sweep_s, self._close_due)
+
+
+LINGER_S: Final = 1.0
+"""After a last answer the client may go on sending for so long. A close with its bytes unread is a
+reset, which can destroy the answer before it is seen (RFC 9112, 9.6)."""
+
+TURNED_AWAY_AT_ONCE: Final = 256
+"""So many of those beyond the limit get an answer; more would be a crowd of their own."""
+
+_BUSY: Final = orjson.dumps(GatewayError("Too many connections.", code="overloaded").envelope())
+
+_TOO_MANY_HEADERS: Final = "Too many headers received"  # the parser's word, which has no class
+
+_SPOKEN: Final = (HttpVersion11, HttpVersion10)
+
+_NEVER: Final = float("inf")
+
+
+class ListenerProtocol(web.RequestHandler):
+    """One client's connection."""
+
+    __slots__ = ("_body", "_listener", "_since_head", "deaf", "due", "largest_head", "turned_away")
+
+    def __init__(self, listener: Listener, **options: Any) -> None:
+        super().__init__(listener, **options)
+        self._listener = listener
+        self.due = _NEVER
+        """When the connection is to be closed, should no request have come by then."""
+        self.largest_head = 0
+        """No head on this connection was larger; with bodies in the count, it may be far less."""
+        self._since_head = 0
+        self._body: StreamReader = EMPTY_PAYLOAD
+        """Of the last request whose head came: the one that may still be on its way."""
+        self.deaf = False
+        """Whatever still comes is thrown away."""
+        self.turned_away = False
+
+    # -- the connection's beginning and end --------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        listener = self._listener
+        self.due = self._loop.time() + listener.header_timeout_s
+        if len(listener._connections) - listener.turned_away > listener.max_connections:
+            self.turned_away = self.deaf = True
+            listener.turned_away += 1
+            self._turn_away()
+
+    def _turn_away(self) -> None:
+        transport, listener = self.transport, self._listener
+        assert transport is not None
+        listener.front.count_turned_away()
+        if listener.turned_away > TURNED_AWAY_AT_ONCE:
+            transport.abort()
+            return
+        head = (
+            f"HTTP/1.1 503 Service Unavailable\r\nServer: {SERVER}\r\n"
+            f"x-request-id: {listener.request_ids()}\r\nContent-Type: application/json\r\n"
+            "Retry-After: 1\r\nConnection: close\r\n"
+            f"Content-Length: {len(_BUSY)}\r\n\r\n"
+        )
+        transport.write(head.encode() + _BUSY)
+        transport.write_eof()
+        self._loop.call_later(LINGER_S, self.force_close)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if self.turned_away:
+            self._listener.turned_away -= 1
+            self.turned_away = False
+        super().connection_lost(exc)
+
+    # -- what comes in -----------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        parser = self._parser
+        if self.deaf or self._force_close or parser is None:
+            return
+        self._since_head += len(data)
+        try:
+            messages, upgraded, _ = parser.feed_data(data)
+        except HttpProcessingError as error:
+            self._give_up(error)
+            return
+        if not messages:
+            if self.due != _NEVER:
+                # The next head has begun; a byte now and then buys no more time.
+                self.due = min(self.due, self._loop.time() + self._listener.header_timeout_s)
+            return
+        if self._since_head > self.largest_head:
+            self.largest_head = self._since_head
+        if data:  # else all of this was counted when it came
+            self._since_head = len(data)  # the next head may have begun in this very piece
+        self._body = messages[-1][1]
+        # What follows an upgrade may belong to another protocol: it is never parsed.
+        self.deaf = upgraded
+        self._queue(messages)
+
+    def _give_up(self, error: HttpProcessingError) -> None:
+        """The parser cannot read on. What it has read is answered first, then this."""
+        self.deaf = True
+        if not self._body.is_eof():
+            # aiohttp lets whoever reads it wait for a rest that will never come.
+            self._body.set_exception(web.RequestPayloadError("broken"))
+            self._body.feed_eof()
+        # A body without an end: the connection lingers after its answer.
+        endless = StreamReader(self, 1, loop=self._loop)
+        self._queue([(_ErrInfo(status=400, exc=error, message=error.message), endless)])
+
+    def _queue(self, messages: Sequence[tuple[RawRequestMessage | _ErrInfo, StreamReader]]) -> None:
+        self.due = _NEVER
+        self._messages += messages
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        if len(self._messages) >= self._max_msg_queue_size and not self._buffer_paused:
+            self._pause_reading_for_buffer()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        # aiohttp calls this after each read, paused or not, and then parses nothing and resumes
+        # nothing, for the price of a parser call.
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
+
+    # -- what goes out -----------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Answer one request after the other, all in this task: a client that leaves cancels it,
+        and with it the request under way."""
+        listener, parser, messages = self._listener, self._parser, self._messages
+        loop, front = self._loop, self._listener.front
+        assert parser is not None
+        try:
+            while not self._force_close:
+                if not messages:
+                    if self.due == _NEVER:
+                        self.due = loop.time() + listener.keepalive_timeout_s
+                    self._waiter = loop.create_future()
+                    try:
+                        await self._waiter
+                    finally:
+                        self._waiter = None
+                message, body = messages.popleft()
+                parser.message_consumed()
+                if self._buffer_paused and len(messages) <= self._msg_queue_resume_size:
+                    self._resume_reading_if_drained()
+                if isinstance(message, RawRequestMessage):
+                    fault = self._fault(message)
+                else:
+                    fault = _unreadable(message.exc)
+                    message = ERROR
+                if fault is not None:
+                    # An answer's first line says what we speak.
+                    message = message._replace(version=HttpVersion11)
+                request = self._make_request(message, body)
+                self._request_in_progress = True
+                response = await front.handle(request, fault)
+                if isinstance(response, Answer):
+                    response.send(request)
+                else:
+                    await response.prepare(request)
+                    await response.write_eof()
+                self._request_in_progress = False
+                if not body.is_eof() and not self._force_close:
+                    await self._linger(body)
+                if not response.keep_alive or not body.is_eof():
+                    break
+                # An idle connection keeps nothing of its last request.
+                del message, body, fault, request, response
+        except ConnectionError:
+            pass  # the client is gone
+        except Exception:
+            # The border of the connection's task: whatever it is, this connection ends with it.
+            self.log_exception("the listener failed")
+        finally:
+            self._task_handler = None
+            self._request_in_progress = False
+            if self._handler_waiter is not None and not self._handler_waiter.done():
+                self._handler_waiter.set_result(None)  # whoever stops us waited for this request
+            if self.transport is not None:
+                self.transport.close()
+
+    def _make_request(self, message: RawRequestMessage, body: StreamReader) -> web.BaseRequest:
+        task = self._task_handler
+        assert task is not None
+        writer = StreamWriter(self, self._loop)
+        return web.BaseRequest(message, body, self, writer, task, self._loop)
+
+    def _fault(self, message: RawRequestMessage) -> GatewayError | None:
+        """What aiohttp's parser accepts and a proxy must not."""
+        version, headers = message.version, message.headers
+        if version not in _SPOKEN:
+            return BadRequest("HTTP/1.1 or HTTP/1.0, please.", status=505, close=True)
+        encoding = headers.get(TRANSFER_ENCODING)
+        if encoding is not None and (encoding.lower() != "chunked" or version == HttpVersion10):
+            return BadRequest("Transfer-Encoding may only be chunked.", status=501, close=True)
+        if message.upgrade and (UPGRADE in headers or message.method == "CONNECT"):
+            return BadRequest("This server speaks HTTP/1.1 alone.", close=True)
+        limit_bytes = self._listener.front.max_header_bytes
+        if self.largest_head > limit_bytes and (
+            sum(len(name) + len(value) for name, value in message.raw_headers) > limit_bytes
+        ):
+            return RequestTooLarge(
+                f"The headers are larger than {limit_bytes} bytes.", status=431, close=True
+            )
+        return None
+
+    async def _linger(self, body: StreamReader) -> None:
+        """Throw away what still comes of a request that has its answer."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while not body.is_eof():
+                    await body.readany()
+
+
+def _unreadable(error: BaseException) -> GatewayError:
+    """A request that aiohttp's parser could not read. Its text, which may hold a key and a prompt,
+    goes nowhere."""
+    if isinstance(error, LineTooLong):
+        return RequestTooLarge("A header or the path is too long.", status=431)
+    if isinstance(error, BadHttpMessage) and error.message == _TOO_MANY_HEADERS:
+        return RequestTooLarge("There are too many headers.", status=431)
+    return BadRequest("The request is not valid HTTP/1.1.", close=True)
+
+
+def request_ids(prefix: str) -> Callable[[], str]:
+    """Ids for one process: `prefix` is random, what follows counts. Cheaper than a random each."""
+    counter = itertools.count(1)
+    return lambda: f"req_{prefix}{next(counter):08x}"

@@ -1,0 +1,196 @@
+"""Accounts: which ones a request is charged to, their limits as they are now, and in words and
+figures what is left on them. Reads the keyring and the ledger's state, changes neither.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from gwproxy.core.errors import InsufficientQuota
+from gwproxy.core.identity import FailureMode, Organization, Principal
+from gwproxy.core.ledger import Account, Balance, State
+from gwproxy.core.money import format_usd, format_usd_short
+from gwproxy.core.period import end_ms, rfc3339
+from gwproxy.state.keyring import Keyring
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What the operator's configuration says about money, in nano-USD."""
+
+    default_max_output_tokens: int = 4096
+    provider_daily: Mapping[str, int] = field(default_factory=dict)
+    """Limits a day by provider; one that is not there has none."""
+    failure_mode: FailureMode = FailureMode.CLOSED
+    outage_daily: int = 0
+    """Per organization and day while the database is lost, where the organization says nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """How an account stands, in nano-USD; `remaining` is never below 0, None without a limit."""
+
+    scope: str
+    id: str
+    period: str
+    spent: int
+    held: int
+    limit: int | None
+    remaining: int | None
+    count: int
+
+    @property
+    def resets_at(self) -> str:
+        return _reset(self.period)
+
+    def json(self) -> dict[str, object]:
+        """As the usage routes show it."""
+        return {
+            "scope": self.scope,
+            "id": self.id,
+            "month_usage_usd": format_usd(self.spent),
+            "held_usd": format_usd(self.held),
+            "limit_usd": None if self.limit is None else format_usd(self.limit),
+            "remaining_usd": None if self.remaining is None else format_usd(self.remaining),
+            "current_month": self.period[:7],
+            "request_count": self.count,
+            "resets_at": self.resets_at,
+        }
+
+
+_UNUSED = Balance()
+
+
+class Accounts:
+    def __init__(self, keyring: Keyring, terms: Terms) -> None:
+        self._keyring = keyring
+        self.terms = terms
+
+    def of(
+        self,
+        principal: Principal,
+        organization: Organization,
+        periods: tuple[str, str],
+        *,
+        degraded: bool = False,
+    ) -> tuple[Account, ...]:
+        """The caller's own accounts: key, user, organization, and in an outage one more."""
+        month, day = periods
+        key, user = self._keyring.limited(principal)
+        key_name, user_name, org_name = principal.accounts
+        own = (
+            Account(key_name, month, key.monthly_limit),
+            Account(user_name, month, user.monthly_limit),
+            Account(org_name, month, organization.monthly_budget),
+        )
+        if not degraded:
+            return own
+        limit: int | None = organization.fallback_daily_limit
+        if limit is None:
+            limit = self.terms.outage_daily
+        return (*own, Account(f"outage:{organization.org_id}", day, limit))
+
+    def provider(self, name: str, day: str) -> Account:
+        return Account(f"provider:{name}", day, self.terms.provider_daily.get(name))
+
+    def refuse(
+        self, state: State, accounts: tuple[Account, ...], needed: int, fits: int, now_ms: int
+    ) -> InsufficientQuota:
+        """The refusal of `needed` nano-USD more, in the name of the account with the least left."""
+        found = tightest(state, accounts)
+        assert found.limit is not None and found.remaining is not None, "no limit, no refusal"
+        scope = found.scope
+        resets_at = end_ms(found.period)
+        whose = _WHOSE[scope]
+        if fits:
+            message = (
+                f"{whose} has {format_usd_short(found.remaining)} USD left of "
+                f"{format_usd_short(found.limit)}, and this request may cost more than that. "
+                f"A maximum of {fits} output tokens would fit."
+            )
+        else:
+            state_of_it = "has no room for this" if found.remaining else "is used up"
+            message = (
+                f"{whose} {state_of_it}: {format_usd_short(found.spent)} USD spent and "
+                f"{format_usd_short(found.held)} USD held of {format_usd_short(found.limit)}."
+            )
+        return InsufficientQuota(
+            f"{message} It starts anew at {rfc3339(resets_at)}.",
+            scope=scope,
+            code="request_exceeds_remaining" if fits else None,
+            retry_after_s=max(1, -(-(resets_at - now_ms) // 1000)),
+            headers={"x-should-retry": "false"},
+            gateway={
+                "scope": scope,
+                "limit_usd": format_usd(found.limit),
+                "settled_usd": format_usd(found.spent),
+                "held_usd": format_usd(found.held),
+                "needed_usd": format_usd(needed),
+                "fits_max_tokens": fits,
+                "resets_at": rfc3339(resets_at),
+            },
+        )
+
+
+_WHOSE = {
+    "key": "The budget of this API key",
+    "user": "Your monthly budget",
+    "org": "The monthly budget of your organization",
+    "provider": "Today's budget of the model's provider",
+    "outage": "What your organization may spend while the gateway's database is away",
+}
+
+
+def figures(state: State, account: Account) -> Figures:
+    """How one account stands."""
+    balance = state.balances.get((account.name, account.period), _UNUSED)
+    limit, remaining = account.limit, None
+    if limit is not None:
+        limit += balance.credited
+        remaining = max(0, limit - balance.spent - balance.held)
+    scope, _, name = account.name.partition(":")
+    return Figures(
+        scope,
+        name,
+        account.period,
+        balance.spent,
+        balance.held,
+        limit,
+        remaining,
+        balance.count,
+    )
+
+
+def tightest(state: State, accounts: tuple[Account, ...]) -> Figures:
+    """How the account with the least remaining stands; without any limit, the user's own."""
+    least, found = None, accounts[min(1, len(accounts) - 1)]
+    for account in accounts:
+        limit = account.limit
+        if limit is None:
+            continue
+        balance = state.balances.get((account.name, account.period), _UNUSED)
+        rest = limit + balance.credited - balance.spent - balance.held
+        if least is None or rest < least:
+            least, found = rest, account
+    return figures(state, found)
+
+
+def fields(found: Figures) -> str:
+    """The figures as header lines, each with its CR LF. Two decimals, as people read money."""
+    lines = (
+        f"x-gateway-scope: {found.scope}\r\n"
+        f"x-gateway-usage-usd: {format_usd_short(found.spent)}\r\n"
+        f"x-gateway-held-usd: {format_usd_short(found.held)}\r\n"
+        f"x-gateway-reset: {_reset(found.period)}\r\n"
+    )
+    if found.limit is None or found.remaining is None:
+        return lines
+    return (
+        f"{lines}x-gateway-limit-usd: {format_usd_short(found.limit)}\r\n"
+        f"x-gateway-remaining-usd: {format_usd_short(found.remaining)}\r\n"
+    )
+
+
+@lru_cache(maxsize=64)
+def _reset(period: str) -> str:
+    return rfc3339(end_ms(period))

@@ -1,0 +1,530 @@
+"""One admitted request: what is held for it, what it has consumed, and its one settlement.
+
+An `async with` whose exit settles, so that no way out of a request can forget to. No `await`
+between a decision and its effect.
+"""
+
+import asyncio
+import contextlib
+import enum
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Self
+
+import msgspec
+
+from gwproxy.core.chat import ChatRequest
+from gwproxy.core.errors import GatewayError
+from gwproxy.core.estimate import prompt_tokens
+from gwproxy.core.holds import Ask, Plan, Short, plan, step
+from gwproxy.core.identity import OnExhausted, Organization, Principal, UnboundedPolicy
+from gwproxy.core.ledger import Account, Hold, left
+from gwproxy.core.meter import Meter
+from gwproxy.core.pricing import Rate
+from gwproxy.core.records import NO_TOKENS, Attempt, Held, Mark, Rates, Settle, Tokens, Tried
+from gwproxy.core.routing import Candidate
+from gwproxy.core.tokens import family_factor, scale
+from gwproxy.core.trace import Trace
+from gwproxy.core.usage import Usage
+from gwproxy.state.accounts import Accounts, Figures, tightest
+from gwproxy.state.ledger import Ledger, RecordUncertain
+from gwproxy.state.rates import Admission
+
+EXACT_PROMPT_BYTES: Final = 256 * 1024
+"""A prompt that must be counted after the fact is counted exactly up to this size (about 15 ms);
+a larger one by its bytes, so that one settlement cannot hold up every other stream."""
+
+CLIENT_LEFT_STATUS: Final = 499
+"""nginx's word for a client that left; no response carries it."""
+
+_NEVER: Final = 1 << 62
+"""A watermark that is never reached."""
+
+
+class Outcome(enum.StrEnum):
+    COMPLETED = "completed"
+    FAILED = "failed"  # no provider answered
+    CLIENT_LEFT = "client_left"
+    TRUNCATED = "truncated"  # the upstream ended in the middle
+    CUT = "cut"  # the budget ended in the middle
+    UNKNOWN = "unknown"  # sent, and nothing came back
+    VOID = "void"  # admitted, and never sent
+
+
+class _Stage(enum.Enum):
+    """How far the attempt under way has come: it decides who pays for what."""
+
+    NOT_SENT = enum.auto()
+    SENT = enum.auto()
+    ANSWERING = enum.auto()
+
+
+class Priced(msgspec.Struct, frozen=True):
+    """A candidate with the rate of the moment of its quote, and what is asked of it."""
+
+    candidate: Candidate
+    rate: Rate
+    ask: Ask
+
+
+class Planned(msgspec.Struct, frozen=True):
+    """A candidate that the budget has room for, and how much of it is set aside."""
+
+    priced: Priced
+    plan: Plan
+
+
+class Quote(msgspec.Struct, frozen=True):
+    """The candidates of one request that have a price, in the order to be tried."""
+
+    chat: ChatRequest
+    priced: tuple[Priced, ...]
+    price_version: str
+    counted: int | None
+    """The prompt's tokens by our own tokenizer, where they had to be counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """What all reservations share."""
+
+    ledger: Ledger
+    accounts: Accounts
+    count: Callable[[str], int]
+    """The tokenizer's."""
+    durable: Callable[[int], Awaitable[None]]
+    """Returns when the record of this LSN is as safe as the configuration wants it."""
+    settled: Callable[["Reservation", Sequence["Spent"], int], None]
+    """Told of each settlement, with its overrun in nano-USD."""
+
+
+class Spent(msgspec.Struct, frozen=True):
+    """What one attempt has consumed, and who says so."""
+
+    priced: Priced
+    usage: Usage
+    source: str
+    cost: int
+
+
+class Reservation:
+    """One admitted request. Leaving its `with` settles whatever was metered, once."""
+
+    __slots__ = (
+        "_counted",
+        "_desk",
+        "_priced",
+        "_settled",
+        "_spent",
+        "_stage",
+        "_status",
+        "chain",
+        "degraded",
+        "lsn",
+        "mark",
+        "meter",
+        "organization",
+        "outcome",
+        "periods",
+        "plan",
+        "principal",
+        "quote",
+        "rates",
+        "trace",
+    )
+
+    def __init__(
+        self,
+        desk: Desk,
+        principal: Principal,
+        organization: Organization,
+        quote: Quote,
+        chain: list[Planned],
+        rates: Admission,
+        periods: tuple[str, str],
+        lsn: int,
+        trace: Trace,
+        *,
+        degraded: bool,
+    ) -> None:
+        self._desk = desk
+        self._priced: Priced | None = None
+        self._stage = _Stage.NOT_SENT
+        self._settled = False
+        self._status = 200
+        self._spent: list[Spent] = []  # by attempts that were sent and never answered
+        self._counted = 0
+        self.principal = principal
+        self.organization = organization
+        self.quote = quote
+        self.chain = chain
+        self.plan = chain[0].plan
+        self.rates = rates
+        self.periods = periods
+        self.lsn = lsn
+        self.degraded = degraded
+        self.trace = trace
+        self.meter: Meter | None = None
+        self.mark = 0
+        """So many tokens may be relayed as it stands; before any more, `extend` is asked."""
+        self.outcome: Outcome | None = None
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._desk.durable(self.lsn)
+        except BaseException:
+            self._settle(Outcome.VOID)
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if isinstance(error, GatewayError):
+            self._status = error.status
+        elif self.outcome is None and isinstance(error, asyncio.CancelledError | ConnectionError):
+            # Cancelled by the server, or found out by us on writing to a closed connection.
+            self.outcome = Outcome.CLIENT_LEFT
+            self._status = CLIENT_LEFT_STATUS
+        self.settle()
+
+    # -- told by dispatch and relay ----------------------------------------------------------
+
+    def attempt(self, planned: Planned) -> Meter:
+        """The attempt's bytes are about to leave, or to leave once more: with a meter anew."""
+        self._priced = planned.priced
+        self.plan = planned.plan
+        self._stage = _Stage.NOT_SENT
+        self._counted = 0
+        # What is out of sight has no watermark: recovery charges all that is held.
+        self.mark = _NEVER if planned.priced.ask.hidden else 0
+        meter = self.meter = Meter(self._desk.count)
+        return meter
+
+    async def next(self, planned: Planned, why: str) -> Planned | None:
+        """Hold for a later candidate instead of the one before; None: it does not fit.
+
+        Its record is in the journal when this returns. StorageUnavailable where it cannot be.
+        """
+        desk, priced = self._desk, planned.priced
+        ledger, accounts = desk.ledger, desk.accounts
+        provider = priced.candidate.provider.name
+        hold = self._hold()
+        before = self._cost_so_far()
+        account = accounts.provider(provider, self.periods[1])
+        room = self._room(hold, account)
+        found = plan(
+            priced.ask,
+            priced.rate,
+            self.organization.unbounded_policy,
+            None if room is None else room - before,
+            accounts.terms.default_max_output_tokens,
+        )
+        if isinstance(found, Short):
+            return None
+        ledger.post(
+            Attempt(
+                **ledger.stamp(),
+                r=self.lsn,
+                n=len(self.trace.attempts) + 1,
+                provider=provider,
+                upstream_model=priced.candidate.model,
+                cost=before,
+                why=why,
+                holds=self._holds(hold, before + found.cost, account, found.cost),
+                hidden=priced.ask.hidden,
+            )
+        )
+        await desk.durable(ledger.state.lsn)
+        return Planned(priced, found)
+
+    def sent(self) -> None:
+        """The attempt's bytes are leaving: from here on the upstream may bill."""
+        self._stage = _Stage.SENT
+
+    def answering(self) -> None:
+        """The upstream accepted the request: what it answers is paid for."""
+        self._stage = _Stage.ANSWERING
+
+    def refused(self) -> None:
+        """The upstream answered with an error status: it bills nothing."""
+        self._stage = _Stage.NOT_SENT
+
+    def unanswered(self) -> None:
+        """The attempt ended without an answer: its prompt may have been billed."""
+        self._spend(Usage(input=self._prompt_tokens()), "estimated")
+        self._stage = _Stage.NOT_SENT
+
+    def extend(self) -> None:
+        """More is about to be relayed than the watermark allows: record a higher one first.
+
+        Raises what the client is to be told where the budget has no room for it.
+        """
+        assert self.meter is not None and self._priced is not None
+        rate, ask = self._priced.rate, self._priced.ask
+        factor = family_factor(self._priced.candidate.model)
+        ledger, hold, before = self._desk.ledger, self._hold(), self._cost_so_far()
+        bound = self.meter.bound()
+        wanted = bound + step(self.plan.output)
+
+        within = _units(rate.affordable_output(ask.prompt, hold.amount - before), factor)
+        if bound < within:
+            self._set_mark(hold, min(wanted, within), before)
+            return
+        if not self.plan.grows:
+            # A declared or sent maximum, and the upstream goes beyond it: an overrun, and counted.
+            self._set_mark(hold, wanted, before)
+            return
+        provider = self._priced.candidate.provider.name
+        account = self._desk.accounts.provider(provider, self.periods[1])
+        room = self._room(hold, account)
+        if room is not None:
+            within = _units(rate.affordable_output(ask.prompt, room - before), factor)
+            wanted = min(wanted, within)
+        if bound < wanted:
+            self._set_mark(hold, wanted, before, raising=True)
+            return
+        if (
+            self.organization.on_exhausted is OnExhausted.FINISH
+            or self.organization.unbounded_policy is UnboundedPolicy.BOUNDED
+        ):
+            self._set_mark(hold, bound + step(self.plan.output), before)
+            return
+        # The bound may be above what was really said by some hundred tokens: now they are counted.
+        counted = self.meter.counted()
+        largest = counted - self._counted if self._counted else 0
+        self._counted = counted
+        if counted + largest <= within:
+            if self.mark < within:
+                self._set_mark(hold, within, before, raising=True)
+            return  # the watermark stays below the bound, so that the next event is asked for too
+        more = rate.worst_case(ask.prompt, scale(counted + step(0), factor)) + before
+        raise self._desk.accounts.refuse(
+            ledger.state, (*self._own(), account), max(0, more - hold.amount), 0
+        )
+
+    # -- the end -----------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Fix what the request cost. A second call changes nothing."""
+        outcome = self.outcome
+        if outcome is None:
+            if self._stage is _Stage.ANSWERING:
+                outcome = Outcome.COMPLETED
+            else:
+                outcome = Outcome.UNKNOWN if self._spent else Outcome.FAILED
+        self._settle(outcome)
+
+    def _settle(self, outcome: Outcome) -> None:
+        if self._settled:
+            return
+        self._settled = True
+        trace, ledger, spent = self.trace, self._desk.ledger, self._spent
+        if self._stage is not _Stage.NOT_SENT:
+            usage, source = self._measure()
+            self._spend(usage, source)
+        cost, tokens = 0, NO_TOKENS
+        for each in spent:
+            usage = each.usage
+            consumed = (
+                usage.input,
+                usage.cache_read,
+                usage.cache_write,
+                usage.output,
+                usage.reasoning,
+            )
+            # One attempt is all that nearly every request has.
+            tokens = consumed if tokens is NO_TOKENS else _added(tokens, consumed)
+            trace.source = each.source
+            cost += each.cost
+        trace.outcome = outcome
+        trace.cost_nanos = cost
+        trace.price_version = self.quote.price_version
+        trace.tokens = tokens
+
+        lsn, status = self.lsn, self._status
+        overrun = max(0, cost - self._hold().amount)
+        source = trace.source
+        rates: Rates | None = None
+        if len(spent) == 1:
+            tier = spent[0].priced.rate.tier(spent[0].usage.input_total)
+            rates = tier.input, tier.cache_read, tier.cache_write, tier.output
+        attempts = tuple(
+            [
+                Tried(
+                    each.provider,
+                    each.model,
+                    each.status,
+                    each.error_type,
+                    each.reason,
+                    int(each.duration_s * 1000),
+                    each.cost,
+                )
+                for each in trace.attempts
+            ]
+        )
+
+        def record() -> None:
+            ledger.post(
+                Settle(
+                    **ledger.stamp(),
+                    r=lsn,
+                    cost=cost,
+                    tokens=tokens,
+                    source=source,
+                    outcome=outcome,
+                    attempts=attempts,
+                    overrun=overrun,
+                    status=status,
+                    log_id=trace.log_id,
+                    rates=rates,
+                )
+            )
+
+        ledger.must(record)
+        self.rates.finish(tokens[0] + tokens[1] + tokens[2] + tokens[3])
+        self._desk.settled(self, spent, overrun)
+
+    def _spend(self, usage: Usage, source: str) -> None:
+        priced = self._priced
+        assert priced is not None, "an attempt that was sent has a candidate"
+        cost = priced.rate.cost(usage)
+        self._spent.append(Spent(priced, usage, source, cost))
+        if self.trace.attempts:
+            self.trace.attempts[-1].cost += cost
+
+    def _measure(self) -> tuple[Usage, str]:
+        """What the attempt under way has consumed, and who says so."""
+        meter, priced = self.meter, self._priced
+        assert meter is not None and priced is not None, "an attempt that was sent has both"
+        reported = meter.usage
+        if reported is not None and self.outcome in (None, Outcome.COMPLETED):
+            return reported, "provider"
+        if self._stage is _Stage.SENT:
+            return Usage(input=self._prompt_tokens()), "estimated"
+        counted = scale(meter.counted(), family_factor(priced.candidate.model))
+        if reported is None:
+            return Usage(input=self._prompt_tokens(), output=counted), "counted"
+        if counted <= reported.output:
+            return reported, "provider"
+        # The stream went on after the last running total that the provider gave.
+        longer = Usage(
+            input=reported.input,
+            cache_read=reported.cache_read,
+            cache_write=reported.cache_write,
+            output=counted,
+            reasoning=reported.reasoning,
+        )
+        return longer, "counted"
+
+    def _prompt_tokens(self) -> int:
+        assert self._priced is not None
+        chat, counted = self.quote.chat, self.quote.counted
+        if counted is None:
+            if chat.size_bytes > EXACT_PROMPT_BYTES:
+                counted = (chat.size_bytes + 3) // 4
+            else:
+                counted = prompt_tokens(chat.body, self._desk.count)
+        return scale(counted, family_factor(self._priced.candidate.model))
+
+    def figures(self) -> Figures:
+        """How the caller's tightest account stands."""
+        return tightest(self._desk.ledger.state, self._own())
+
+    # -- holds -------------------------------------------------------------------------------
+
+    def _hold(self) -> Hold:
+        return self._desk.ledger.state.holds[self.lsn]
+
+    def _own(self) -> tuple[Account, ...]:
+        """The caller's accounts: fixed by the reserve record, with their limits as they are now."""
+        return self._desk.accounts.of(
+            self.principal, self.organization, self.periods, degraded=self.degraded
+        )
+
+    def _room(self, hold: Hold, provider: Account | None = None) -> int | None:
+        """What this reservation may hold in all, on each of its accounts; None: any amount."""
+        state = self._desk.ledger.state
+        room = left(state, self._own())
+        if room is not None:
+            room += hold.amount
+        if provider is not None:
+            theirs = left(state, (provider,))
+            if theirs is not None:
+                theirs += _held_on(hold, provider)
+                room = theirs if room is None else min(room, theirs)
+        return room
+
+    def _cost_so_far(self) -> int:
+        return sum([each.cost for each in self._spent])
+
+    def _set_mark(self, hold: Hold, units: int, before: int, *, raising: bool = False) -> None:
+        """Record that no more than `units` tokens as the meter counts them will be relayed."""
+        assert self._priced is not None
+        ledger, candidate = self._desk.ledger, self._priced.candidate
+        output = scale(units, family_factor(candidate.model))
+        own = self._priced.rate.worst_case(self._priced.ask.prompt, output)
+        cost = before + own
+        holds: tuple[Held, ...] = ()
+        if raising and cost > hold.amount:
+            account = self._desk.accounts.provider(candidate.provider.name, self.periods[1])
+            holds = self._holds(hold, cost, account, own)
+        record = Mark(**ledger.stamp(), r=self.lsn, tokens=output, cost=cost, holds=holds)
+        with contextlib.suppress(RecordUncertain):  # it counts
+            ledger.post(record)
+        self.mark = units
+
+    def _holds(self, hold: Hold, amount: int, provider: Account, own: int) -> tuple[Held, ...]:
+        """All holds as they stand from now on: `amount` on the caller's accounts, `own` and what
+        earlier attempts may have cost on their providers'."""
+        state = self._desk.ledger.state
+        limits = {each.name: each.limit for each in (*self._own(), provider)}
+        wanted = {
+            (held.account, held.period): amount
+            for held in hold.holds
+            if not held.account.startswith("provider:")
+        }
+        for each in self._spent:
+            if each.cost:
+                name = each.priced.candidate.provider.name
+                earlier = self._desk.accounts.provider(name, provider.period)
+                limits[earlier.name] = earlier.limit
+                key = (earlier.name, earlier.period)
+                wanted[key] = wanted.get(key, 0) + each.cost
+        key = (provider.name, provider.period)
+        wanted[key] = wanted.get(key, 0) + own
+        already = {(held.account, held.period): held.hold for held in hold.holds}
+        lines = []
+        for key, value in wanted.items():
+            balance = state.balance(key)
+            limit = limits.get(key[0])
+            lines.append(
+                Held(
+                    *key,
+                    value,
+                    None if limit is None else limit + balance.credited,
+                    balance.spent + balance.held - already.get(key, 0) + value,
+                )
+            )
+        return tuple(lines)
+
+
+def _held_on(hold: Hold, account: Account) -> int:
+    for held in hold.holds:
+        if held.account == account.name and held.period == account.period:
+            return held.hold
+    return 0
+
+
+def _units(output: int | None, factor: int) -> int:
+    """Tokens as the meter counts them that are surely no more than `output` of the model's own."""
+    return _NEVER if output is None else output * 1000 // factor
+
+
+def _added(one: Tokens, other: Tokens) -> Tokens:
+    a, b, c, d, e = (x + y for x, y in zip(one, other, strict=True))
+    return a, b, c, d, e

@@ -1,0 +1,349 @@
+"""All that is kept, opened in order and closed in order: locks, journal, database, ledger, keys.
+
+The order is the guarantee. Nothing is written before both locks are held and everything inherited
+has been judged; nobody is served before what a process before left open has been settled.
+"""
+
+import asyncio
+import contextlib
+import enum
+import os
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+
+from gwproxy.core.errors import StorageUnavailable
+from gwproxy.core.identity import Below
+from gwproxy.core.ledger import BrokenLedger, Request, State, apply
+from gwproxy.core.period import rfc3339
+from gwproxy.core.records import Admin, Stop, decode
+from gwproxy.log import Log
+from gwproxy.state.directory import Directory
+from gwproxy.state.keyring import Keyring
+from gwproxy.state.ledger import Clock, Ledger
+from gwproxy.state.upkeep import Upkeep
+from gwproxy.storage import directory as storage
+from gwproxy.storage import reports
+from gwproxy.storage.database import Database
+from gwproxy.storage.files import OS_FILES
+from gwproxy.storage.journal import Journal
+from gwproxy.storage.ledger import Mark, Storage, Writer, begin_epoch, load_state, read_mark
+from gwproxy.storage.scan import Scan, boot_id, claim, scan
+from gwproxy.storage.segments import CHUNK_BYTES, Gap, JournalRefused
+
+CATCH_UP_S: Final = 10.0
+"""On the way out the database gets so long to take what the journal has; the rest comes with the
+next start."""
+
+_PAGE: Final = 1000
+
+
+class Synchronous(enum.StrEnum):
+    """What is waited for before a byte goes upstream or a change is acknowledged."""
+
+    NORMAL = "normal"  # that it is written: it survives the process
+    FULL = "full"  # that it is on the disk: it survives the machine
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Where things are kept, and how."""
+
+    database: Path
+    journal: Path
+    synchronous: Synchronous = Synchronous.NORMAL
+    segment_bytes: int = 64 << 20
+    max_bytes: int = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """What a start found."""
+
+    replayed: int
+    """Records of the journal that the database did not have yet."""
+    settled: int
+    """Requests that nobody had settled."""
+    forgotten: str | None
+    """After the machine itself went down: which records were lost, in words."""
+
+
+class Store:
+    """Everything that outlives the process. Made by `open`, given back by `close`."""
+
+    def __init__(
+        self,
+        *,
+        locks: list[int],
+        database: Database,
+        journal: Journal,
+        ledger: Ledger,
+        keyring: Keyring,
+        directory: Directory,
+        upkeep: Upkeep,
+        clock: Clock,
+        recovery: Recovery,
+        durable: Callable[[int], Awaitable[None]],
+        log: Log,
+    ) -> None:
+        self._locks = locks
+        self.database = database
+        self.journal = journal
+        self.ledger = ledger
+        self.keyring = keyring
+        self.directory = directory
+        self.clock = clock
+        self.recovery = recovery
+        self.durable = durable
+        self._upkeep = upkeep
+        self._log = log
+        self._stopping = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._closed = False
+        self.writer = Writer(
+            database,
+            journal,
+            synced=upkeep.durable,
+            breathe=_breathe,
+            now=time.monotonic,
+            on_change=self._database_changed,
+        )
+        ledger.posted = self.writer.wake
+
+    # -- opening -----------------------------------------------------------------------------
+
+    @classmethod
+    async def open(
+        cls,
+        kept: Kept,
+        group: asyncio.TaskGroup,
+        log: Log,
+        *,
+        below: Below = secrets.randbelow,
+        wall: Callable[[], float] = time.time,
+        accept_loss: bool = False,
+    ) -> Self:
+        """DatabaseRefused or JournalRefused, with the cure, where something is in the way.
+
+        `group` runs what goes on in the background. `accept_loss`: a journal that should be there
+        and is not is done without, and what only it knew is lost.
+        """
+        with contextlib.ExitStack() as undo:
+            lock = claim(kept.journal)
+            undo.callback(os.close, lock)
+            database = await Database.open(kept.database)
+            failed = True
+            try:
+                store = await cls._open(
+                    kept, database, lock, log, below=below, wall=wall, accept_loss=accept_loss
+                )
+                failed = False
+            finally:
+                if failed:
+                    await database.close()
+            undo.pop_all()
+        store._start(group)
+        return store
+
+    @classmethod
+    async def _open(
+        cls,
+        kept: Kept,
+        database: Database,
+        lock: int,
+        log: Log,
+        *,
+        below: Below,
+        wall: Callable[[], float],
+        accept_loss: bool,
+    ) -> Self:
+        booted = boot_id(OS_FILES)
+        mark = await read_mark(database)
+        found = await asyncio.to_thread(scan, OS_FILES, kept.journal, booted, mark.lsn)
+        _check_pair(kept, found, mark, accept_loss)
+        mark = await begin_epoch(database, found.ledger_id or secrets.token_hex(8), found.epoch)
+
+        keyring = Keyring()
+        for row in await storage.load(database):
+            keyring.apply(row)
+
+        def change(record: Admin) -> None:
+            keyring.apply(record.row)
+
+        state = await load_state(database, breathe=_breathe, directory=change)
+        replayed = _replay(kept, found, mark, state)
+        journal = await asyncio.to_thread(
+            Journal.start,
+            OS_FILES,
+            kept.journal,
+            found,
+            ledger_id=mark.ledger_id or "",
+            epoch=mark.epoch,
+            boot_id=booted,
+            applied_lsn=mark.lsn,
+            applied_chain=mark.chain,
+            segment_bytes=kept.segment_bytes,
+            max_bytes=kept.max_bytes,
+        )
+        clock = Clock(wall, time.monotonic)
+        ledger = Ledger(state, journal, clock.now_ms)
+        settled = ledger.recover()
+        upkeep = Upkeep(journal, log, time.monotonic)
+        await upkeep.sync()
+        assert not state.holds, "a hold has outlived its process"
+        recovery = Recovery(replayed, settled, _forgotten(found))
+        _report(log, recovery, state, clock)
+        full = kept.synchronous is Synchronous.FULL
+        durable = upkeep.durable if full else _at_once
+        return cls(
+            locks=[lock],
+            database=database,
+            journal=journal,
+            ledger=ledger,
+            keyring=keyring,
+            directory=Directory(ledger, keyring, below, durable),
+            upkeep=upkeep,
+            clock=clock,
+            recovery=recovery,
+            durable=durable,
+            log=log,
+        )
+
+    def _start(self, group: asyncio.TaskGroup) -> None:
+        self._tasks = [
+            group.create_task(self._upkeep.run()),
+            group.create_task(self.writer.run(self._stopping)),
+        ]
+
+    # -- while it runs -----------------------------------------------------------------------
+
+    @property
+    def lost(self) -> bool:
+        """Whether the database is; the journal says for itself whether it is."""
+        return self.writer.state is Storage.LOST
+
+    async def find_request(self, request_id: str) -> Request | None:
+        """A request that memory does not have any more."""
+        return await reports.find_request(self.database, request_id)
+
+    async def store_key_use(self) -> None:
+        """Keep when each key was last used: no record, since losing it costs nothing."""
+        uses = self.keyring.used_since_stored()
+        if uses:
+            await storage.update_last_used(self.database, uses)
+            self.keyring.stored(uses)
+
+    def _database_changed(self, state: Storage, cause: str) -> None:
+        lost = state is Storage.LOST
+        level, event = ("error", "database lost") if lost else ("info", "database recovered")
+        self._log.event(level, event, cause=cause or None)
+
+    # -- closing -----------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Write that all is in order, if it is, and let the database catch up."""
+        if self._closed:
+            return
+        self._closed = True
+        upkeep, writing = self._tasks
+        with contextlib.suppress(StorageUnavailable, OSError):
+            self.ledger.pay()
+            self.ledger.post(Stop(**self.ledger.stamp()))
+            await self._upkeep.sync()
+        self._stopping.set()
+        self.writer.wake()
+        try:
+            async with asyncio.timeout(CATCH_UP_S):
+                await asyncio.wait((writing,))
+        except TimeoutError:
+            writing.cancel()
+        upkeep.cancel()
+        await asyncio.wait((writing, upkeep))
+        self._upkeep.close()
+        self.journal.close()
+        await self.database.close()
+        for lock in self._locks:
+            os.close(lock)
+
+
+async def _breathe() -> None:
+    await asyncio.sleep(0)
+
+
+async def _at_once(lsn: int) -> None:
+    """A record that is written survives the process, and that is what was asked for."""
+
+
+def _check_pair(kept: Kept, found: Scan, mark: Mark, accept_loss: bool) -> None:
+    """Refuse a journal and a database of which one is not the other's."""
+    there = bool(found.trail.segments)
+    if not there and mark.lsn and not accept_loss:
+        raise JournalRefused(
+            f"{kept.journal}: the journal of {kept.database} is missing. Put it back; or go on "
+            "without what only it knew: `gwproxy ledger accept-loss`."
+        )
+    if there and mark.ledger_id not in (None, found.ledger_id):
+        raise JournalRefused(
+            f"{kept.journal}: belongs to ledger {found.ledger_id}, the database to "
+            f"{mark.ledger_id}. Set [storage] path and journal to two that belong together."
+        )
+
+
+def _replay(kept: Kept, found: Scan, mark: Mark, state: State) -> int:
+    """Apply what the database does not have yet: how many records."""
+    trail = found.trail
+    if not trail.segments or trail.end.lsn < mark.lsn:
+        return 0
+    try:
+        cursor = trail.find(mark.lsn)
+    except Gap as gap:
+        raise JournalRefused(
+            f"{kept.journal}: {gap}, and {kept.database} has none before. Restore the newest "
+            "backup of the database."
+        ) from gap
+    if cursor.chain != mark.chain:
+        raise JournalRefused(
+            f"{kept.database}: record {mark.lsn} is not the one of that number in {kept.journal}. "
+            "Set [storage] path and journal to two that belong together."
+        )
+    while cursor.lsn < trail.end.lsn:
+        payloads, cursor = trail.read(cursor, _PAGE, CHUNK_BYTES)
+        for payload in payloads:
+            try:
+                apply(state, decode(payload))
+            except (ValueError, BrokenLedger) as error:
+                raise JournalRefused(f"{kept.journal}: {error}.") from error
+    return cursor.lsn - mark.lsn
+
+
+def _forgotten(found: Scan) -> str | None:
+    if found.cut is None:
+        return None
+    cut = found.cut
+    return (
+        f"records {cut.first_lsn} to {max(cut.last_lsn, cut.first_lsn)} in {cut.file.name}, from "
+        f"byte {cut.offset}: {cut.why}"
+    )
+
+
+def _report(log: Log, recovery: Recovery, state: State, clock: Clock) -> None:
+    if recovery.forgotten is not None:
+        log.event("error", "records lost with the machine", what=recovery.forgotten)
+    if recovery.replayed or recovery.settled:
+        log.event(
+            "info",
+            "ledger recovered",
+            replayed=recovery.replayed,
+            settled=recovery.settled,
+        )
+    behind_ms = state.t - clock.now_ms()
+    if behind_ms > 0:
+        log.event(
+            "warning",
+            "the clock is behind the ledger, whose time stands still until it has caught up",
+            ledger=rfc3339(state.t),
+            behind_s=behind_ms // 1000,
+        )

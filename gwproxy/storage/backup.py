@@ -1,0 +1,229 @@
+"""Backups of the database: made while it is written to, believed only after a look inside, and put
+in its place when it is lost. A file that is set aside is never deleted.
+"""
+
+import asyncio
+import os
+import re
+import shutil
+import sqlite3
+from collections.abc import Awaitable, Callable
+from contextlib import closing, suppress
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Final
+from urllib.parse import quote
+
+from gwproxy.storage.database import Database
+from gwproxy.storage.files import OS_FILES
+from gwproxy.storage.ledger import Mark, Mismatch, mark_of
+from gwproxy.storage.segments import Gap
+from gwproxy.storage.verify import unbalanced
+
+KEPT_JOURNAL_BYTES: Final = 256 << 20
+"""With so much journal behind the newest backup the next one is due, whatever the hour: the journal
+is not cut before there is one, and reading this much again takes half a minute."""
+
+SOONEST_S: Final = 60.0
+"""But not more often: where the writer has fallen behind, another backup does not help."""
+
+_NAME: Final = re.compile(r"backup-(\d{20})\.db")
+_UNFINISHED: Final = ".unfinished"
+
+
+class BackupRefused(Exception):
+    """It could not be made, or is not to be trusted. The message names the file."""
+
+
+async def backup_to(database: Database, file: Path) -> Mark:
+    """Write a copy of the database, as of one moment, to `file`; up to where its tables go.
+
+    The database goes on being written to. Until the copy is found good and has reached the disk it
+    has another name. BackupRefused.
+    """
+    return await _backup(database, file.with_name(file.name + _UNFINISHED), lambda mark: file)
+
+
+async def _backup(database: Database, unfinished: Path, name: Callable[[Mark], Path]) -> Mark:
+    # A connection of its own, that only reads: the writer's would be kept from writing.
+    connection = sqlite3.connect(
+        _uri(database.path, "mode=ro"), uri=True, isolation_level=None, check_same_thread=False
+    )
+
+    def make() -> Mark:
+        try:
+            with closing(connection):
+                # VACUUM INTO fills an empty file and keeps its mode.
+                unfinished.unlink(missing_ok=True)
+                os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+                connection.execute("VACUUM INTO ?", (str(unfinished),))
+            mark = checked(unfinished)
+            fault = database.fault()
+            if fault is not None:
+                raise BackupRefused(f"{database.path}: no backup was made: {fault}.")
+            _to_disk(unfinished)
+            unfinished.replace(name(mark))
+            OS_FILES.fsync_directory(unfinished.parent)
+            return mark
+        except (sqlite3.Error, OSError) as error:
+            raise BackupRefused(f"{unfinished}: no backup was made: {error}.") from error
+        finally:
+            with suppress(OSError):
+                unfinished.unlink()
+
+    try:
+        return await asyncio.to_thread(make)
+    except asyncio.CancelledError:
+        with suppress(sqlite3.ProgrammingError):  # closed by now
+            connection.interrupt()
+        raise
+
+
+def checked(file: Path) -> Mark:
+    """Up to where a backup goes; BackupRefused when it is damaged or does not add up."""
+    try:
+        with closing(_opened(file)) as connection:
+            verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if verdict != "ok":
+                raise BackupRefused(f"{file}: damaged ({verdict}).")
+            mark = mark_of(connection)
+            wrong = next(unbalanced(connection), None)
+    except sqlite3.Error as error:
+        raise BackupRefused(f"{file}: {error}.") from error
+    if mark.ledger_id is None:
+        raise BackupRefused(f"{file}: has never been part of a ledger.")
+    if wrong is not None:
+        raise BackupRefused(f"{file}: does not add up: {wrong}.")
+    return mark
+
+
+def restore(backup: Path, path: Path) -> Mark:
+    """Put a copy of `backup` at `path`. What stands there, and its log, is set aside under another
+    name: `gwproxy.db.aside-1`. BackupRefused, and nothing has changed, or only that name.
+
+    Whoever has the old one open must do this through `Database.replace`.
+    """
+    mark = checked(backup)
+    _place(backup, path)
+    return mark
+
+
+def _place(backup: Path, path: Path) -> None:
+    unfinished = path.with_name(path.name + _UNFINISHED)
+    try:
+        unfinished.unlink(missing_ok=True)
+        os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        shutil.copyfile(backup, unfinished)
+        _to_disk(unfinished)
+        set_aside(path)
+        unfinished.rename(path)
+        OS_FILES.fsync_directory(path.parent)
+    except OSError as error:
+        raise BackupRefused(f"{path}: {backup} could not be put there: {error}.") from error
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()
+
+
+def set_aside(path: Path) -> None:
+    """Give the database at `path`, and its log, names under which SQLite would find both."""
+    for number in count(1):
+        aside = path.with_name(f"{path.name}.aside-{number}")
+        names = [
+            (path.with_name(path.name + end), aside.with_name(aside.name + end)) for end in _ENDS
+        ]
+        if not any(os.path.lexists(new) for _, new in names):
+            break
+    # The database first: for a moment there is none, rather than one without the end of its log.
+    for old, new in names:
+        if os.path.lexists(old):
+            old.rename(new)
+
+
+class Backups:
+    """The backups in one folder, each named by the last record in it."""
+
+    def __init__(self, folder: Path, *, every_s: float, keep: int) -> None:
+        """`every_s` 0: only where there is too much journal behind the newest one."""
+        self._folder = folder
+        self._every_s = every_s
+        self._keep = keep
+
+    def due(self, now: float, journal_bytes: int) -> bool:
+        """Whether one should be made; `now` in seconds since 1970. Without any, at once."""
+        files = self._files()
+        if not files:
+            return True
+        age_s = now - files[0].stat().st_mtime
+        if age_s < 0:  # by a clock that was ahead: it says nothing
+            return True
+        if journal_bytes >= KEPT_JOURNAL_BYTES and age_s >= SOONEST_S:
+            return True
+        return 0 < self._every_s <= age_s
+
+    async def make(self, database: Database) -> Mark:
+        """Make one, and remove the oldest of those that are too many. BackupRefused."""
+
+        def name(mark: Mark) -> Path:
+            return self._folder / f"backup-{mark.lsn:020}.db"
+
+        mark = await _backup(database, self._folder / f"backup{_UNFINISHED}", name)
+        for file in self._files()[self._keep :]:
+            with suppress(OSError):
+                file.unlink()
+        return mark
+
+    def newest(self) -> tuple[Path, Mark] | None:
+        """The newest one and up to where it goes. It was found good when it was made."""
+        for file in self._files():
+            with suppress(sqlite3.Error), closing(_opened(file)) as connection:
+                return file, mark_of(connection)
+        return None
+
+    def covered(self, applied_lsn: int) -> int:
+        """Up to which record the journal may be cut: those that stand both in the newest backup and
+        in the database, by a commit of this process that has reached the disk."""
+        newest = self.newest()
+        return 0 if newest is None else min(applied_lsn, newest[1].lsn)
+
+    async def rebuild(
+        self, database: Database, can_follow: Callable[[Mark], Awaitable[object]]
+    ) -> None:
+        """Put the newest good backup in the place of a database that is lost, when the journal can
+        go on from it: `can_follow` raises where it cannot. BackupRefused."""
+        refused: Exception = BackupRefused(f"{self._folder}: there is no backup.")
+        for file in self._files():
+            try:
+                await can_follow(await asyncio.to_thread(checked, file))
+            except (BackupRefused, Gap, Mismatch) as error:
+                refused = error
+                continue
+            await database.replace(partial(_place, file))
+            return
+        raise refused
+
+    def _files(self) -> list[Path]:
+        """Newest first."""
+        names = [name for name in os.listdir(self._folder) if _NAME.fullmatch(name)]
+        return [self._folder / name for name in sorted(names, reverse=True)]
+
+
+_ENDS: Final = ("", "-wal", "-shm")
+
+
+def _opened(file: Path) -> sqlite3.Connection:
+    # Nobody writes to it: SQLite need not lock it, nor put files of its own beside it.
+    return sqlite3.connect(_uri(file, "mode=ro&immutable=1"), uri=True, isolation_level=None)
+
+
+def _uri(file: Path, how: str) -> str:
+    return f"file:{quote(str(file))}?{how}"
+
+
+def _to_disk(file: Path) -> None:
+    fd = OS_FILES.open(file)
+    try:
+        OS_FILES.fsync(fd)
+    finally:
+        OS_FILES.close(fd)

@@ -1,0 +1,196 @@
+"""The database: real SQLite in memory, on a file that is only played.
+
+What was committed is an image of the whole; a power cut, a swapped file, a full disk or an older
+backup are other images. Its calls are those that the gateway makes of `storage.database.Database`.
+"""
+
+import asyncio
+import sqlite3
+from collections.abc import Callable
+from random import Random
+from typing import Any, TypeVar
+
+from gwproxy.storage.database import FileChanged, _mapped, packaged, transaction
+from tests.simulator.loop import Killed, Loop
+
+T = TypeVar("T")
+
+
+def empty() -> bytes:
+    """A database as the migrations leave it."""
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    try:
+        for migration in packaged():
+            connection.executescript(
+                f"BEGIN;\n{migration.sql}\nPRAGMA user_version = {migration.version};\nCOMMIT;"
+            )
+        return connection.serialize()
+    finally:
+        connection.close()
+
+
+class DatabaseWeather:
+    def __init__(self) -> None:
+        self.busy = self.io = self.commit = self.rollback = 0.0
+
+    clear = __init__
+
+    @property
+    def fine(self) -> bool:
+        return not (self.busy or self.io or self.commit or self.rollback)
+
+
+class DatabaseFile:
+    """The file. It outlives processes."""
+
+    def __init__(self, random: Random, image: bytes) -> None:
+        self.random = random
+        self.image = image
+        """All that was committed."""
+        self.fault: str | None = None
+        """What somebody has done to the file."""
+        self.weather = DatabaseWeather()
+        self.faults = 0
+
+
+class _Connection:
+    """What work gets for a connection: the real one, with bad luck."""
+
+    def __init__(self, real: sqlite3.Connection, owner: "PlayedDatabase") -> None:
+        self._real = real
+        self._owner = owner
+
+    @property
+    def in_transaction(self) -> bool:
+        return self._real.in_transaction
+
+    def rollback(self) -> None:
+        self._owner.enter()
+        self._real.rollback()
+
+    def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
+        owner = self._owner
+        owner.enter()
+        if sql.startswith("BEGIN"):
+            owner.fail(owner.file.weather.busy, "database is locked")
+        elif sql == "COMMIT":
+            return self._commit()
+        else:
+            self._trouble()
+        return self._real.execute(sql, parameters)
+
+    def executemany(self, sql: str, rows: Any) -> sqlite3.Cursor:
+        self._owner.enter()
+        self._trouble()
+        return self._real.executemany(sql, rows)
+
+    def _trouble(self) -> None:
+        owner = self._owner
+        owner.fail(owner.file.weather.io, "disk I/O error")
+        if owner.chance(owner.file.weather.rollback) and self._real.in_transaction:
+            self._real.rollback()  # without a word
+
+    def _commit(self) -> sqlite3.Cursor:
+        owner = self._owner
+        weather = owner.file.weather
+        fails = owner.chance(weather.commit)
+        if fails and owner.chance(0.5):
+            raise _error("disk I/O error")
+        cursor = self._real.execute("COMMIT")
+        owner.committed()
+        owner.enter()  # killed just now: it is committed
+        if fails:
+            raise _error("disk I/O error")
+        return cursor
+
+
+def _error(words: str) -> sqlite3.OperationalError:
+    error = sqlite3.OperationalError(words)
+    error.sqlite_errorcode = (
+        sqlite3.SQLITE_BUSY if words == "database is locked" else sqlite3.SQLITE_IOERR
+    )
+    error.sqlite_errorname = "SQLITE_IOERR"
+    return error
+
+
+class PlayedDatabase:
+    """One process's connection to the file."""
+
+    def __init__(self, file: DatabaseFile, loop: Loop, point: Callable[[], None]) -> None:
+        self.file = file
+        self.alive = True
+        self._loop = loop
+        self._point = point
+        self._seen_fault = file.fault
+        self._working = asyncio.Lock()
+        self._real = self._connect()
+
+    def enter(self) -> None:
+        if not self.alive:
+            raise Killed
+        self._point()
+        self._loop.breathe()
+        if not self.alive:
+            raise Killed
+
+    def chance(self, probability: float) -> bool:
+        if probability and self.file.random.random() < probability:
+            self.file.faults += 1
+            return True
+        return False
+
+    def fail(self, probability: float, words: str) -> None:
+        if self.chance(probability):
+            raise _error(words)
+
+    def committed(self) -> None:
+        """Where the file was swapped meanwhile the commit went into one that nobody will find."""
+        if self.file.fault is None:
+            self.file.image = self._real.serialize()
+
+    def _connect(self) -> sqlite3.Connection:
+        real = sqlite3.connect(":memory:", isolation_level=None)
+        real.deserialize(self.file.image)
+        real.execute("PRAGMA foreign_keys = ON")
+        real.row_factory = sqlite3.Row
+        return real
+
+    # -- what the gateway asks ---------------------------------------------------------------------
+
+    async def run(self, work: Callable[[Any], T]) -> T:
+        if not self.alive:
+            raise Killed
+        async with self._working:
+            with _mapped():
+                result: T = await self._loop.run_in_executor(
+                    None, work, _Connection(self._real, self)
+                )
+                return result
+
+    async def commit(self, work: Callable[[Any], T]) -> T:
+        def check() -> None:
+            fault = self.fault()
+            if fault is not None:
+                raise FileChanged(fault)
+
+        return await self.run(lambda connection: transaction(connection, work, check))
+
+    async def read(self, sql: str, parameters: Any = ()) -> list[Any]:
+        return await self.run(lambda connection: connection.execute(sql, parameters).fetchall())
+
+    async def checkpoint(self) -> None:
+        self.enter()
+
+    def fault(self) -> str | None:
+        return None if self.file.fault == self._seen_fault else self.file.fault
+
+    async def reopen(self, *, check: bool = False) -> None:
+        fault = self.fault()
+        if fault is not None:
+            raise FileChanged(fault)
+        async with self._working:
+            self._real.close()
+            self._real = self._connect()
+
+    async def close(self) -> None:
+        self._real.close()

@@ -1,0 +1,356 @@
+"""The oracle: the ledger once more, from the bytes of its journal and a few rules of its own.
+
+It shares no code with the gateway: records are read as plain JSON, sums are made anew, periods come
+from the calendar. Whatever it does not like is raised as Wrong.
+"""
+
+import json
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from tests.simulator.upstream import Upstream
+
+Key = tuple[str, str]
+
+
+class Wrong(Exception):
+    """A promise that was not kept."""
+
+
+def check(fine: bool, *words: object) -> None:
+    if not fine:
+        raise Wrong(" ".join(map(str, words)))
+
+
+@dataclass
+class Open:
+    """A reservation that has not ended."""
+
+    id: str
+    holds: list[list[Any]]
+    provider: str
+    hidden: bool
+    mark: int | None = None
+    later: bool = False
+    """It has had more than one attempt."""
+
+    def if_orphaned(self) -> int:
+        """What is to be charged when nobody is left to tell."""
+        amount = int(self.holds[0][2])
+        return amount if self.mark is None or self.hidden else self.mark
+
+
+@dataclass
+class Sums:
+    spent: int = 0
+    credited: int = 0
+    count: int = 0
+    held: int = 0
+    overrun: int = 0
+
+    def figures(self) -> tuple[int, int, int, int]:
+        return self.spent, self.credited, self.count, self.held
+
+
+@dataclass
+class Ended:
+    """A reservation's one end."""
+
+    id: str
+    cost: int
+    outcome: str
+    due: int
+    """What it should have been charged if nobody was left to settle it."""
+    holds: list[list[Any]]
+    adjusted: int = 0
+
+
+@dataclass
+class Fold:
+    """All that follows from the records so far."""
+
+    lsn: int = 0
+    t: int = 0
+    sums: dict[Key, Sums] = field(default_factory=dict)
+    open: dict[int, Open] = field(default_factory=dict)
+    ended: dict[int, Ended] = field(default_factory=dict)
+    rows: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    entries: dict[Key, int] = field(default_factory=dict)
+    """Sums of what a line of an account should be there for."""
+    keys: dict[str, int] = field(default_factory=dict)
+    """Idempotency keys and the records that they led to."""
+
+    def of(self, account: str, period: str) -> Sums:
+        return self.sums.setdefault((account, period), Sums())
+
+    def limit(self, account: str) -> int | None:
+        """As the directory's rows say; providers and outages have other sources too."""
+        scope, _, name = account.partition(":")
+        row = self.rows.get((scope, name))
+        if row is None:
+            return None
+        return row["monthly_budget" if scope == "org" else "monthly_limit"]  # type: ignore[no-any-return]
+
+    def feed(self, record: dict[str, Any]) -> None:
+        lsn, kind = record["lsn"], record["k"]
+        check(lsn == self.lsn + 1, f"record {lsn} after {self.lsn}")
+        check(record["t"] >= self.t, f"record {lsn} is older than the one before it")
+        check(record["synced"] < lsn, f"record {lsn} says that it is on the disk itself")
+        if kind == "reserve":
+            self._hold(record["holds"], 1)
+            self.open[lsn] = Open(
+                record["id"], record["holds"], record["p"], record.get("hidden", False)
+            )
+        elif kind in ("mark", "attempt"):
+            reservation = self._opened(record)
+            if record.get("holds"):
+                self._hold(reservation.holds, -1)
+                self._hold(record["holds"], 1)
+                reservation.holds = record["holds"]
+            if kind == "mark":
+                reservation.mark = record["cost"]
+            else:
+                reservation.mark = None
+                reservation.later = True
+                reservation.hidden = record.get("hidden", False)
+                reservation.provider = record["p"]
+        elif kind == "settle":
+            self._settle(record)
+        elif kind == "adjust":
+            for account, period in record["accounts"]:
+                sums = self.of(account, period)
+                if record["type"] == "grant":
+                    sums.credited += record["delta"]
+                else:
+                    sums.spent += record["delta"]
+            if record.get("r") is not None:
+                ended = self.ended.get(record["r"])
+                check(ended is not None, "an adjustment of a request that has not ended")
+                assert ended is not None
+                ended.adjusted += record["delta"]
+        elif kind == "admin":
+            for noun, name in (("org", "org_id"), ("user", "user_id"), ("key", "key_id")):
+                row = record.get(noun)
+                if row is not None:
+                    self.rows[noun, row[name]] = row
+        if record.get("idempotency_key") is not None:
+            check(record["idempotency_key"] not in self.keys, "an idempotency key was used twice")
+            self.keys[record["idempotency_key"]] = lsn
+        self.lsn, self.t = lsn, record["t"]
+
+    def _opened(self, record: dict[str, Any]) -> Open:
+        reservation = self.open.get(record["r"])
+        check(reservation is not None, record["k"], "of a reservation that is not open", record["r"])
+        assert reservation is not None
+        return reservation
+
+    def _settle(self, record: dict[str, Any]) -> None:
+        reservation = self._opened(record)
+        del self.open[record["r"]]
+        self._hold(reservation.holds, -1)
+        shares = self._shares(reservation, record)
+        for account, period, hold, *_ in reservation.holds:
+            amount = shares.get(account, record["cost"])
+            sums = self.of(account, period)
+            sums.spent += amount
+            sums.count += record["outcome"] != "void"
+            sums.overrun += max(0, amount - hold)
+        check(record["cost"] >= 0, "a negative cost")
+        self.ended[record["r"]] = Ended(
+            reservation.id,
+            record["cost"],
+            record["outcome"],
+            reservation.if_orphaned(),
+            reservation.holds,
+        )
+
+    @staticmethod
+    def _shares(reservation: Open, record: dict[str, Any]) -> dict[str, int]:
+        """What of the cost is each provider's own."""
+        last, rest = f"provider:{reservation.provider}", record["cost"]
+        others = {
+            held[0]: held[2]
+            for held in reservation.holds
+            if held[0].startswith("provider:") and held[0] != last
+        }
+        if not reservation.later:
+            return {last: rest}
+        if record.get("attempts"):
+            shares = dict.fromkeys((*others, last), 0)
+            for tried in record["attempts"]:
+                if f"provider:{tried[0]}" in shares:
+                    shares[f"provider:{tried[0]}"] += tried[6]
+            return shares
+        shares = {}
+        for name, hold in others.items():
+            shares[name] = min(hold, rest)
+            rest -= shares[name]
+        return {**shares, last: rest}
+
+    def _hold(self, holds: list[list[Any]], sign: int) -> None:
+        for account, period, hold, *_ in holds:
+            sums = self.of(account, period)
+            sums.held += sign * hold
+            check(sums.held >= 0, "less than nothing is held on", account, period)
+
+
+def periods_of(t: int) -> tuple[str, str]:
+    day = datetime.fromtimestamp(t // 1000, UTC).strftime("%Y-%m-%d")
+    return day[:7], day
+
+
+class Oracle:
+    """What was acknowledged, what follows from it, and what the world outside says to that."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self.upstream = upstream
+        self.fold = Fold()
+        self.history: list[bytes] = []
+        """Every record that was acknowledged, by number."""
+        self.safe = 0
+        """The last one that a kill cannot lose; the ones after it were of unknown outcome."""
+        self.tried: dict[int, list[bytes]] = {}
+        """By number: what somebody tried to write, in this life."""
+        self.provider_daily: dict[str, int] = {}
+        self.outage_daily = 0
+        self.in_force: dict[str, int] = {}
+        """Limits that were lowered and could not be recorded: they hold all the same."""
+
+    # -- while it runs -----------------------------------------------------------------------------
+
+    def wrote(self, payload: bytes, *, certain: bool, degraded: bool) -> None:
+        """The journal has taken this record."""
+        record = json.loads(payload)
+        self._look_at(record, degraded)
+        self.fold.feed(record)
+        self.history.append(payload)
+        if certain:
+            self.safe = len(self.history)
+
+    def _look_at(self, record: dict[str, Any], degraded: bool) -> None:
+        """What each decision has to be like at the moment at which it is made."""
+        kind, fold = record["k"], self.fold
+        if kind == "reserve":
+            before: dict[Key, int] = {}
+            month, day = periods_of(record["t"])
+            for account, period, *_ in record["holds"]:
+                daily = account.startswith(("provider:", "outage:"))
+                check(period == (day if daily else month), "held in", period, "at", month, day)
+            outage = [held for held in record["holds"] if held[0].startswith("outage:")]
+            check(bool(outage) == degraded, "outage account", outage, "database lost", degraded)
+            check(record.get("degraded", False) == degraded, "a wrong word on the database")
+            taken = [o.id for o in fold.open.values()] + [e.id for e in fold.ended.values()]
+            check(record["id"] not in taken, "a request id was used twice")
+        elif kind in ("mark", "attempt") and record.get("holds"):
+            reservation = fold.open.get(record["r"])
+            if reservation is None:
+                return  # the fold says so
+            before = {(held[0], held[1]): held[2] for held in reservation.holds}
+            check(
+                {h[:2][0] for h in record["holds"] if not h[0].startswith("provider:")}
+                == {h[0] for h in reservation.holds if not h[0].startswith("provider:")},
+                "a reservation moved to other accounts",
+            )
+        else:
+            return
+        for account, period, hold, limit, total in record["holds"]:
+            sums = fold.of(account, period)
+            was = before.get((account, period), 0)
+            check(
+                total == sums.spent + sums.held - was + hold,
+                f"{kind} {record['lsn']} says {total} on {account}, and it is",
+                sums.spent + sums.held - was + hold,
+            )
+            expected = self._limit(account)
+            if expected is not None:
+                expected += sums.credited
+            check(limit == expected, f"{kind} {record['lsn']}: limit {limit} of {account},", expected)
+            if hold > was and limit is not None:
+                check(total <= limit, f"{account} {period} overrun: {total} of {limit}")
+
+    def _limit(self, account: str) -> int | None:
+        scope, _, name = account.partition(":")
+        if scope == "provider":
+            return self.provider_daily.get(name)
+        if scope == "outage":
+            own = self.fold.rows["org", name]["fallback_daily_limit"]
+            return self.outage_daily if own is None else own
+        recorded = self.fold.limit(account)
+        lowered = self.in_force.get(account)
+        return recorded if lowered is None else lowered
+
+    def compare(self, lsn: int, t: int, balances: Any, holds: Any) -> None:
+        """Memory says what follows from the records."""
+        check((lsn, t) == (self.fold.lsn, self.fold.t), "memory is at", lsn, "records", self.fold.lsn)
+        ours = {key: sums.figures() for key, sums in self.fold.sums.items() if any(sums.figures())}
+        theirs = {
+            key: balance.figures() for key, balance in balances.items() if any(balance.figures())
+        }
+        check(ours == theirs, "memory and records differ:", _difference(ours, theirs))
+        check(
+            {r: o.if_orphaned() for r, o in self.fold.open.items()}
+            == {r: hold.recovered_cost() for r, hold in holds.items()},
+            "memory and records differ in what is open",
+        )
+
+    # -- after a crash -----------------------------------------------------------------------------
+
+    def survived(self, lsn: int, *, power_cut: bool, synced: int, liar: bool) -> None:
+        """The ledger goes on after record `lsn`. Nothing that had to last may be missing."""
+        known = len(self.history)
+        if lsn > known:  # one was being written when the process was killed
+            check(lsn == known + 1 and lsn in self.tried, "a record that nobody wrote:", lsn)
+            self.history.append(self.tried[lsn][-1])
+        if not liar:
+            least = synced if power_cut else self.safe
+            check(lsn >= least, f"records {lsn + 1} to {least} are lost, power cut: {power_cut}")
+        del self.history[lsn:]
+        self.safe = lsn
+        self.fold = Fold()
+        for payload in self.history:
+            self.fold.feed(json.loads(payload))
+        self.tried = {}
+        self.in_force = {}
+
+    # -- at rest -----------------------------------------------------------------------------------
+
+    def at_rest(self, *, lost: set[str], exact: bool) -> None:
+        """Every request that reached the upstream stands in the ledger once, at what it cost.
+
+        `lost`: requests whose records a power cut took, which `normal` allows."""
+        fold = self.fold
+        check(not fold.open, "still held:", sorted(fold.open))
+        for (account, period), sums in fold.sums.items():
+            check(sums.held == 0, "held on", account, period)
+            if account.startswith("outage:"):
+                limit = self._limit(account)
+                assert limit is not None
+                check(sums.spent - sums.overrun <= limit, account, "cost", sums.spent, "of", limit)
+        by_id = {ended.id: ended for ended in fold.ended.values()}
+        check(len(by_id) == len(fold.ended), "a request stands in the ledger twice")
+        for request_id, story in self.upstream.stories.items():
+            if story.calls and request_id not in by_id:
+                check(request_id in lost, request_id, "was sent upstream and is not in the ledger")
+        for ended in by_id.values():
+            story = self.upstream.stories.get(ended.id)
+            calls = story.calls if story is not None else []
+            if ended.outcome == "recovered":
+                check(ended.cost == ended.due, ended.id, "recovered at", ended.cost, "due", ended.due)
+                if exact and ended.id not in lost:
+                    least = sum(call.least() for call in calls)
+                    check(ended.cost >= least, ended.id, "recovered below", least)
+            elif ended.outcome == "void":
+                check(not calls, ended.id, "was sent, and is void")
+                check(ended.cost == 0, "a void request with a cost")
+            else:
+                assert story is not None, ended.id
+                check(ended.cost == story.cost(), ended, "should have cost", story)
+
+
+def _difference(ours: dict[Key, Any], theirs: dict[Key, Any]) -> str:
+    return "; ".join(
+        f"{key}: {theirs.get(key)} in memory, {ours.get(key)} recorded"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+    )

@@ -1,0 +1,539 @@
+"""One run: a machine with a disk and a database, the lives of the process on it, and what becomes
+of them. All that happens follows from the seed.
+"""
+
+import asyncio
+import sqlite3
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from random import Random
+from typing import Any, Final
+
+import gwproxy.state.store as real_store
+from gwproxy.core.learned import OutputLengths
+from gwproxy.core.pricing import PriceBook
+from gwproxy.metrics import Metrics
+from gwproxy.state.accounts import Accounts, Terms
+from gwproxy.state.books import Books
+from gwproxy.state.ledger import Ledger
+from gwproxy.state.rates import Rates
+from gwproxy.state.store import Kept, Store, Synchronous
+from gwproxy.storage.database import DatabaseRefused
+from gwproxy.storage.journal import Journal, NotWritten, OutcomeUnknown
+from gwproxy.storage.segments import CHUNK_BYTES, JournalRefused
+from gwproxy.storage.verify import findings
+from tests.simulator import actors
+from tests.simulator.database import DatabaseFile, PlayedDatabase, empty
+from tests.simulator.disk import Disk, DiskFiles
+from tests.simulator.loop import Killed, Loop
+from tests.simulator.oracle import Oracle, Wrong, check
+from tests.simulator.upstream import TARIFFS, Upstream
+
+JOURNAL: Final = Path("/journal")
+REST_S: Final = 300
+"""A ledger that nobody uses and nothing ails has come to rest after so long."""
+
+NEW_DATABASE: Final = lru_cache(maxsize=1)(empty)
+
+MONTH_ENDS: Final = 1_793_491_200  # 2026-11-01T00:00:00Z
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What kind of run it is."""
+
+    full: bool
+    crashes: int
+    power_cuts: bool
+    at_boot: bool
+    """Crashes come at start-up more often than not."""
+    disk_faults: bool
+    database_faults: bool
+    slow: bool
+    liar: bool
+    clocks: bool
+    segment_bytes: int
+    most_segments: int
+
+    @classmethod
+    def draw(cls, random: Random) -> "Plan":
+        return cls(
+            full=random.random() < 0.35,
+            crashes=random.choice((0, 1, 2, 3, 5)),
+            power_cuts=random.random() < 0.6,
+            at_boot=random.random() < 0.35,
+            disk_faults=random.random() < 0.5,
+            database_faults=random.random() < 0.5,
+            slow=random.random() < 0.2,
+            liar=random.random() < 0.08,
+            clocks=random.random() < 0.3,
+            segment_bytes=random.choice((24, 40, 64)) << 10,
+            most_segments=random.choice((3, 6, 20)),
+        )
+
+
+class Log:
+    """What the gateway would have logged."""
+
+    debugging = False
+
+    def __init__(self, trace: deque[str]) -> None:
+        self._trace = trace
+
+    def event(self, level: str, event: str, **fields: Any) -> None:
+        words = " ".join(f"{name}={value}" for name, value in fields.items() if value is not None)
+        self._trace.append(f"    log: {event} {words}")
+
+
+class _Time:
+    """In the place of the module `time`, where the gateway reads its monotonic clock."""
+
+    def __init__(self, world: "World") -> None:
+        self._world = world
+
+    def monotonic(self) -> float:
+        return self._world.monotonic()
+
+    def time(self) -> float:
+        return self._world.wall()
+
+
+class _Secrets:
+    """In the place of the module `secrets`."""
+
+    def __init__(self, random: Random) -> None:
+        self._random = random
+
+    def token_hex(self, count: int) -> str:
+        return self._random.randbytes(count).hex()
+
+
+class Life:
+    """One process, from its start to its end."""
+
+    def __init__(self, world: "World") -> None:
+        self.world = world
+        self.random = world.random
+        self.loop = Loop(world.random, world.now_s, world.point)
+        self.files = DiskFiles(world.disk, world.boot_id, world.point, self.loop.breathe)
+        self.database: PlayedDatabase | None = None
+        self.journal: Journal | None = None
+        self.ledger: Ledger | None = None
+        self.store: Store | None = None
+        self.books: Books
+        self.accounts: Accounts
+        self.clients_left = 0
+
+    def end(self) -> None:
+        self.files.alive = False
+        if self.database is not None:
+            self.database.alive = False
+
+    @property
+    def lost(self) -> bool:
+        return self.store is not None and self.store.lost
+
+
+class World:
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.random = Random(seed)
+        self.plan = Plan.draw(self.random)
+        self.trace: deque[str] = deque(maxlen=60)
+        """What happened last, for whoever has to find out why."""
+        self.upstream = Upstream()
+        self.oracle = Oracle(self.upstream)
+        self.disk = Disk(self.random)
+        self.file = DatabaseFile(self.random, NEW_DATABASE())
+        self.boots = 1
+        self.now_s = 1000.0
+        self.true_at_0 = MONTH_ENDS - 1000 - self.random.choice((10, 60, 86400 - 30, 500000))
+        self.skew_s = 0.0
+        self.until_crash: int | None = None
+        self.life: Life | None = None
+        self.wrong: BaseException | None = None
+        self.lost: set[str] = set()
+        """Requests of whose records a power cut took some."""
+        self.floor = 0
+        """No record up to this one may ever be missing."""
+        self.cut = False
+        """The power has failed since the ledger last stood."""
+        self.serial = 0
+        self.steps = 0
+        self.compared = -1
+        self.keys: dict[str, tuple[str, str]] = {}
+        """Keys of the gateway by their names: id and text."""
+        self.refused_keys: set[str] = set()
+        """Ids of keys whose revocation was told to be in force."""
+        if self.plan.liar:
+            self.disk.weather.lie = 0.5
+        outage = self.random.choice((0, 50_000_000, 400_000_000))
+        self.terms = Terms(
+            provider_daily={"alpha": 6_000_000_000, "beta": 2_000_000_000},
+            outage_daily=outage,
+        )
+        self.oracle.provider_daily = dict(self.terms.provider_daily)
+        self.oracle.outage_daily = outage
+
+    # -- time and crashes --------------------------------------------------------------------------
+
+    @property
+    def boot_id(self) -> str:
+        return f"boot-{self.boots}"
+
+    def monotonic(self) -> float:
+        life = self.life
+        if life is None:
+            return self.now_s
+        life.loop.now_s += 0.00001  # no two looks at a clock are at one moment
+        return life.loop.now_s
+
+    def true_s(self) -> float:
+        return self.true_at_0 + (self.now_s if self.life is None else self.life.loop.now_s)
+
+    def wall(self) -> float:
+        return self.true_at_0 + self.monotonic() + self.skew_s
+
+    def point(self) -> None:
+        """Here the process may end."""
+        if self.until_crash is not None:
+            self.until_crash -= 1
+            if self.until_crash <= 0:
+                assert self.life is not None
+                self.life.end()
+                raise Killed
+
+    def say(self, *words: object) -> None:
+        self.trace.append(f"{self.true_s():.3f} " + " ".join(map(str, words)))
+
+    # -- the run -----------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Wrong, or whatever the gateway raised where nothing should be."""
+        with _patched(self):
+            crashes = self.plan.crashes
+            while True:
+                if crashes:
+                    early = self.random.random() < (0.7 if self.plan.at_boot else 0.1)
+                    self.until_crash = self.random.randint(1, 250 if early else 4000)
+                else:
+                    self.until_crash = None
+                outcome = self._live(last=not crashes)
+                self.say("life ended:", outcome)
+                if outcome == "refused":
+                    if self.plan.liar:
+                        return
+                    self.disk.weather.clear()
+                    self.file.weather.clear()
+                    continue
+                if outcome == "rest":
+                    return
+                crashes = max(0, crashes - 1)
+                if outcome == "crashed":
+                    self.disk.weather.clear()
+                    self.file.weather.clear()
+                    if self.plan.power_cuts and self.random.random() < 0.5:
+                        self.say("the power fails")
+                        self.disk.cut()
+                        self.boots += 1
+                        self.cut = True
+
+    def _live(self, *, last: bool) -> str:
+        life = self.life = Life(self)
+        self.skew_s = 0.0
+        loop = life.loop
+        real_store.OS_FILES = life.files  # type: ignore[misc]
+        main = asyncio.Task(self._main(life, last), loop=loop)
+        outcome = "crashed"
+        try:
+            while not main.done():
+                if not loop.step():
+                    raise Wrong("the process waits for nothing at all")
+                self._after_step(life)
+            if life.files.alive:
+                outcome = main.result()
+        except Killed:
+            if self.wrong is not None:
+                raise self.wrong from None
+        finally:
+            self.until_crash = None
+            life.end()
+            if not main.done():
+                loop._tasks.append(main)
+            loop.abandon()
+            self.now_s = loop.now_s + self.random.uniform(0.1, 30)
+            self.life = None
+        return outcome
+
+    def _after_step(self, life: Life) -> None:
+        self.steps += 1
+        if self.wrong is not None:
+            raise self.wrong
+        if life.loop.failures and life.files.alive:
+            raise life.loop.failures[0]
+        if not life.files.alive:
+            raise Killed
+        if life.journal is not None:
+            self.floor = max(self.floor, life.journal.synced)
+        if life.ledger is not None and self.oracle.fold.lsn != self.compared:
+            state = life.ledger.state
+            self.oracle.compare(state.lsn, state.t, state.balances, state.holds)
+            self.compared = self.oracle.fold.lsn
+
+    # -- a life ------------------------------------------------------------------------------------
+
+    async def _main(self, life: Life, last: bool) -> str:
+        plan = self.plan
+        kept = Kept(
+            Path("/gwproxy.db"),
+            JOURNAL,
+            Synchronous.FULL if plan.full else Synchronous.NORMAL,
+            plan.segment_bytes,
+            plan.segment_bytes * plan.most_segments,
+        )
+        log: Any = Log(self.trace)
+        life.database = PlayedDatabase(self.file, life.loop, self.point)
+        self.say("start", self.boot_id)
+        try:
+            store = await Store._open(
+                kept,
+                life.database,  # type: ignore[arg-type]
+                -1,
+                log,
+                below=self.random.randrange,
+                wall=self.wall,
+                accept_loss=False,
+            )
+        except (JournalRefused, DatabaseRefused, OSError, Exception) as error:
+            if isinstance(error, Wrong) or not self._may_refuse(error):
+                raise
+            self.say("refused:", error)
+            return "refused"
+        store._locks = []
+        life.store = store
+        async with asyncio.TaskGroup() as group:
+            store._start(group)
+            life.accounts = Accounts(store.keyring, self.terms)
+            life.books = Books(
+                store.ledger,
+                store.keyring,
+                life.accounts,
+                PriceBook({"version": "1", "aliases": {}, "providers": {}}, OVERRIDES),
+                Rates(self.monotonic),
+                OutputLengths(),
+                count=lambda text: text.count(" "),
+                durable=store.durable,
+                lost=lambda: store.lost,
+                metrics=Metrics(frozenset({"alpha", "beta", "gamma"}), frozenset()),
+                log=log,
+            )
+            background = [
+                group.create_task(self._guard(actor, life))
+                for actor in (actors.weather, actors.retention, actors.clock)
+            ]
+            await self._guard(actors.directory, life)
+            clients = [
+                group.create_task(self._guard(actors.client, life))
+                for _ in range(self.random.randint(2, 6))
+            ]
+            admin = group.create_task(self._guard(actors.admin, life))
+            await asyncio.wait(clients)
+            admin.cancel()
+            for task in background:
+                task.cancel()
+            await asyncio.wait([admin, *background])
+            if last:
+                await self._rest(life)
+            await store.close()
+        if last:
+            self._at_rest()
+            return "rest"
+        return "stopped"
+
+    def _may_refuse(self, error: BaseException) -> bool:
+        """A start may fail while the disk or the database does; never for what a crash left."""
+        if self.plan.liar:
+            return True
+        return not (self.disk.weather.fine and self.file.weather.fine)
+
+    async def _guard(self, actor: Callable[[Life], Awaitable[None]], life: Life) -> None:
+        try:
+            await actor(life)
+        except (Killed, GeneratorExit, asyncio.CancelledError):
+            raise
+        except BaseException as error:
+            self.wrong = self.wrong or error
+
+    async def _rest(self, life: Life) -> None:
+        """Nothing fails any more: all that is owed is recorded, and the database has all of it."""
+        self.disk.weather.clear()
+        self.file.weather.clear()
+        self.skew_s = 0.0
+        life.loop.slow_threads = False
+        store = life.store
+        assert store is not None
+        for _ in range(REST_S):
+            ledger = store.ledger
+            try:
+                ledger.pay()
+            except Exception as error:
+                self.say("cannot pay:", error, store.journal.lost)
+            if (
+                not ledger.owes
+                and store.journal.lost is None
+                and store.journal.synced == ledger.state.lsn == store.writer.applied
+                and not store.lost
+            ):
+                return
+            drop = store.journal.begin_drop(store.writer.applied)
+            if drop is not None:
+                await actors.ticket(life, drop, store.journal.end_drop)
+            await asyncio.sleep(1)
+        raise Wrong(
+            f"does not come to rest: owes {store.ledger.owes}, journal lost: {store.journal.lost}, "
+            f"at {store.ledger.state.lsn}, synced {store.journal.synced}, "
+            f"database at {store.writer.applied}, lost: {store.lost}"
+        )
+
+    def _at_rest(self) -> None:
+        oracle = self.oracle
+        oracle.at_rest(lost=set() if self.plan.full else self.lost, exact=not self.plan.liar)
+        connection = sqlite3.connect(":memory:")
+        try:
+            connection.deserialize(self.file.image)
+            self._compare_tables(connection)
+            found = list(findings(connection))
+            check(not found, "verify finds", "; ".join(map(str, found[:3])))
+        finally:
+            connection.close()
+
+    def _compare_tables(self, connection: sqlite3.Connection) -> None:
+        fold = self.oracle.fold
+        lsn = connection.execute("SELECT applied_lsn FROM meta").fetchone()[0]
+        check(lsn == fold.lsn, f"the database is at {lsn}, the journal at {fold.lsn}")
+        rows = connection.execute("SELECT account, period, spent, credited, count FROM balance")
+        tables = {(a, p): tuple(figures) for a, p, *figures in rows if any(figures)}
+        ours = {
+            key: (sums.spent, sums.credited, sums.count)
+            for key, sums in fold.sums.items()
+            if sums.spent or sums.credited or sums.count
+        }
+        check(tables == ours, "the database's balances differ:", set(ours.items()) ^ set(tables.items()))
+        holds = connection.execute("SELECT count(*) FROM hold").fetchone()[0]
+        check(holds == 0, "the database holds", holds)
+        requests = dict(
+            (lsn, (outcome, cost))
+            for lsn, outcome, cost in connection.execute("SELECT lsn, outcome, cost FROM request")
+        )
+        ended = {r: (each.outcome, each.cost) for r, each in fold.ended.items()}
+        check(requests == ended, "the database's requests differ")
+
+    # -- hooks -------------------------------------------------------------------------------------
+
+    def stands(self, ledger: Ledger) -> None:
+        """The start has put the state together: is anything missing that had to last?"""
+        life = self.life
+        assert life is not None
+        oracle, state = self.oracle, ledger.state
+        before = list(oracle.history)
+        oracle.survived(
+            state.lsn, power_cut=self.cut, synced=self.floor, liar=self.plan.liar
+        )
+        for payload in before[state.lsn :]:
+            self.lost |= actors.request_of(payload, before)
+        self._read_again(ledger.journal)
+        # What was in force without a record is undone, as was told.
+        self.refused_keys &= {
+            name for (noun, name), row in oracle.fold.rows.items() if row.get("revoked_at")
+        }
+        self.compared = -1
+        self.cut = False
+        self.floor = state.lsn if not self.plan.liar else 0
+        life.journal = ledger.journal
+        life.ledger = ledger
+        oracle.compare(state.lsn, state.t, state.balances, state.holds)
+        self.say("stands at", state.lsn, "of", len(before))
+
+    def _read_again(self, journal: Journal) -> None:
+        """What stands in the journal is what was acknowledged, byte for byte."""
+        trail = journal.trail()
+        if not trail.segments:
+            return
+        quiet = DiskFiles(self.disk, self.boot_id, lambda: None, lambda: None)
+        weather, self.disk.weather = self.disk.weather, type(self.disk.weather)()
+        try:
+            trail = type(trail)(quiet, trail.directory, trail.segments, trail.end)
+            cursor = trail.segments[0].start
+            while True:
+                payloads, cursor = trail.read(cursor, 1000, CHUNK_BYTES)
+                if not payloads:
+                    break
+                first = cursor.lsn - len(payloads)
+                known = self.oracle.history[first : cursor.lsn]
+                check(payloads == known, f"records {first + 1} to {cursor.lsn} are not as written")
+        finally:
+            self.disk.weather = weather
+
+
+OVERRIDES: Final[dict[str, dict[str, object]]] = {
+    name: {
+        "input": str(tariff.input),
+        "output": str(tariff.output),
+        **({} if tariff.most is None else {"max_output_tokens": tariff.most}),
+        **({"reasons": True} if tariff.hidden else {}),
+    }
+    for name, tariff in TARIFFS.items()
+}
+
+
+@contextmanager
+def _patched(world: World) -> Iterator[None]:
+    """The seams that the gateway has no argument for, and the oracle's ears."""
+    write, recover = Journal.write, Ledger.recover
+    kept = {name: getattr(real_store, name) for name in ("OS_FILES", "time", "secrets")}
+
+    def listening(journal: Journal, payload: bytes) -> None:
+        oracle, life = world.oracle, world.life
+        oracle.tried.setdefault(journal.next_lsn, []).append(payload)
+        try:
+            write(journal, payload)
+        except NotWritten:
+            raise
+        except OutcomeUnknown:
+            _heard(payload, certain=False)
+            raise
+        assert life is not None
+        _heard(payload, certain=True)
+
+    def _heard(payload: bytes, *, certain: bool) -> None:
+        life = world.life
+        assert life is not None
+        world.trace.append(f"  {'' if certain else '? '}{payload.decode()[:240]}")
+        try:
+            world.oracle.wrote(payload, certain=certain, degraded=life.lost)
+        except Wrong as wrong:
+            world.wrong = world.wrong or wrong
+            raise
+
+    def standing(ledger: Ledger) -> int:
+        try:
+            world.stands(ledger)
+        except Wrong as wrong:
+            world.wrong = world.wrong or wrong
+            raise
+        return recover(ledger)
+
+    Journal.write = listening  # type: ignore[method-assign]
+    Ledger.recover = standing  # type: ignore[method-assign]
+    real_store.time = _Time(world)  # type: ignore[attr-defined]
+    real_store.secrets = _Secrets(world.random)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        Journal.write, Ledger.recover = write, recover  # type: ignore[method-assign]
+        for name, value in kept.items():
+            setattr(real_store, name, value)
