@@ -55,6 +55,7 @@ class Gateway(BaseTestServer):
         self._environ = {
             "GWPROXY_ADMIN_KEY": ADMIN_KEY,
             "UPSTREAM_TOKEN": UPSTREAM_TOKEN,
+            "GWPROXY__STORAGE__JOURNAL_SEGMENT_BYTES": "1048576",
             **(environ or {}),
         }
         self.written = io.StringIO()

@@ -1,7 +1,8 @@
-"""A ledger for tests: the live side, which decides and records as the gateway does, in a folder with
-a real journal and a real database, and histories of it to be drawn by chance.
+"""A ledger for tests: the live side, which decides and records as the gateway does, in a folder
+with a real journal and a real database, and histories of it to be drawn by chance.
 """
 
+import asyncio
 import random
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
@@ -51,6 +52,7 @@ class Live:
         record = kind(lsn=lsn, t=self.t, synced=self.journal.synced, **fields)
         self.journal.write(encode(record))
         apply(self.state, record)
+        self._have_spare()
         return record
 
     def sync(self) -> None:
@@ -58,6 +60,8 @@ class Live:
         if ticket is not None:
             ticket.run()
             self.journal.end_sync(ticket, None)
+
+    def _have_spare(self) -> None:
         spare = self.journal.begin_spare()
         if spare is not None:
             spare.run()
@@ -281,6 +285,7 @@ class Place:
         self.folder.mkdir(exist_ok=True)
         self.now = 1000.0
         self.heard: list[tuple[str, str]] = []
+        self.hearing: asyncio.Queue[str] = asyncio.Queue()
         self.database: Database
         self.journal: Journal
         self.live: Live
@@ -334,9 +339,13 @@ class Place:
             synced=synced or self.synced,
             breathe=breathe,
             now=lambda: self.now,
-            on_change=lambda state, cause: self.heard.append((state, cause)),
+            on_change=self._hear,
             **more,
         )
+
+    def _hear(self, state: str, cause: str) -> None:
+        self.heard.append((state, cause))
+        self.hearing.put_nowait(state)
 
 
 async def catch_up(writer: Writer) -> int:
@@ -356,8 +365,6 @@ TABLES = (
 async def tables(database: Database) -> dict[str, list[tuple[Any, ...]]]:
     """Every row of every table, in order."""
     return {
-        name: sorted(
-            (tuple(row) for row in await database.read(f"SELECT * FROM {name}")), key=repr
-        )
+        name: sorted((tuple(row) for row in await database.read(f"SELECT * FROM {name}")), key=repr)
         for name in TABLES
     }

@@ -5,7 +5,7 @@ stands still until it is moved and a disk that fails when it is told to.
 import errno
 import io
 import json
-from collections.abc import Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -193,6 +193,7 @@ class Office:
         terms: Terms | None = None,
         prices: dict[str, Any] = PRICES,
         segment_bytes: int = 1 << 20,
+        durable: Callable[[int], Awaitable[None]] | None = None,
         **organization: Any,
     ) -> None:
         """`limit` is alice's, in nano-USD."""
@@ -225,7 +226,7 @@ class Office:
             self.rates,
             self.lengths,
             count=tokenizer().count,
-            durable=self.durable,
+            durable=durable or self.durable,
             lost=lambda: self.database_lost,
             metrics=self.metrics,
             log=self.log,

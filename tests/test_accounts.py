@@ -250,4 +250,3 @@ def test_the_last_moment_of_a_period_has_a_wait_of_a_second(office: Office) -> N
     last = end_ms(DAY) - 1
     error = office.accounts.refuse(State(), (Account("provider:a", DAY, 1),), 2, 0, last)
     assert error.retry_after_s == 1
-

@@ -1,17 +1,19 @@
 """The database file: its modes, its lock, its checks at opening, its transactions."""
 
 import asyncio
+import json
 import os
 import sqlite3
 import stat
 import subprocess
 import sys
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from gwproxy.core.errors import AlreadyExists, StorageUnavailable
+from gwproxy.core.errors import StorageUnavailable
 from gwproxy.core.identity import (
     ApiKey,
     FailureMode,
@@ -26,10 +28,14 @@ from gwproxy.core.money import Nanos
 from gwproxy.storage import directory
 from gwproxy.storage.database import (
     SQLITE_VERSION,
+    TRUNCATE_BYTES,
     Database,
+    DatabaseDamaged,
     DatabaseInUse,
     DatabaseRefused,
+    FileChanged,
     Migration,
+    RolledBack,
     packaged,
 )
 
@@ -94,6 +100,10 @@ async def opened(path: Path, migrations: list[Migration] | None = None) -> None:
     await (await Database.open(path, migrations)).close()
 
 
+async def put(database: Database, row: directory.Row) -> directory.Row | None:
+    return await database.commit(lambda connection: directory.put(connection, row))
+
+
 async def tables(database: Database) -> set[str]:
     return {row[0] for row in await database.read("SELECT name FROM sqlite_schema")}
 
@@ -113,7 +123,7 @@ async def test_a_new_database_has_the_newest_schema_and_the_default_organization
 
 async def test_opening_again_changes_nothing(path):
     async with await Database.open(path) as database:
-        await directory.insert(database, ORG)
+        await put(database, ORG)
     async with await Database.open(path) as database:
         assert ORG in await directory.load(database)
 
@@ -123,7 +133,7 @@ async def test_nobody_else_may_read_any_of_its_files(path, mask):
     before = os.umask(mask)
     try:
         async with await Database.open(path) as database:
-            await directory.insert(database, ORG)
+            await put(database, ORG)
             names = [file.name for file in files(path)]
             assert names == [
                 "gwproxy.db",
@@ -140,7 +150,7 @@ async def test_a_file_that_others_could_read_is_closed_to_them(path):
     await opened(path)
     path.chmod(0o644)
     async with await Database.open(path) as database:
-        await directory.insert(database, ORG)
+        await put(database, ORG)
         assert {mode(file) for file in files(path)} == {0o600}
 
 
@@ -149,6 +159,8 @@ async def test_the_connection_is_set_as_promised(path):
         for name, value in [
             ("journal_mode", "wal"),
             ("synchronous", 2),
+            ("wal_autocheckpoint", 0),
+            ("journal_size_limit", 0),
             ("foreign_keys", 1),
             ("trusted_schema", 0),
             ("cell_size_check", 1),
@@ -162,7 +174,7 @@ async def test_a_second_opening_is_refused_until_the_first_is_closed(path):
     async with await Database.open(path) as first:
         with pytest.raises(DatabaseInUse, match=f"in use by another process \\({os.getpid()}\\)"):
             await opened(path)
-        await directory.insert(first, ORG)  # the refused one has not disturbed it
+        await put(first, ORG)  # the refused one has not disturbed it
         await first.close()  # and a second closing, on leaving, does no harm
     async with await Database.open(path) as second:
         assert ORG in await directory.load(second)
@@ -235,7 +247,7 @@ async def test_a_file_that_is_no_database_is_refused_with_the_cure(path):
 async def test_a_damaged_page_is_found_at_opening(path):
     async with await Database.open(path) as database:
         for number in range(400):
-            await directory.insert(database, replace(ORG, org_id=f"org-{number}"))
+            await put(database, replace(ORG, org_id=f"org-{number}"))
     pages = path.read_bytes()
     assert len(pages) > 20 * 4096
     path.write_bytes(pages[: 15 * 4096] + b"\xa5" * 4096 + pages[16 * 4096 :])
@@ -305,48 +317,74 @@ def test_the_packaged_migrations_are_numbered_without_a_gap():
 async def test_rows_come_back_as_they_went_in(path):
     async with await Database.open(path) as database:
         for row in (ORG, ANN, KEY):
-            await directory.insert(database, row)
+            await put(database, row)
         assert (await directory.load(database))[1:] == [ORG, ANN, KEY]
 
 
-async def test_a_changed_row_is_stored_and_may_be_stored_twice(path):
+async def test_a_changed_row_takes_the_place_of_the_one_before_which_is_told(path):
     later = replace(ANN, status=Status.SUSPENDED, email=None, version=2)
     async with await Database.open(path) as database:
-        for row in (ORG, ANN):
-            await directory.insert(database, row)
-        await directory.update(database, later)
-        await directory.update(database, later)
-        assert later in await directory.load(database)
-        with pytest.raises(StorageUnavailable):
-            await directory.update(database, ANN)  # older than what is stored
-        with pytest.raises(StorageUnavailable):
-            await directory.update(database, replace(ANN, user_id="nobody"))
-        assert later in await directory.load(database)
+        assert [await put(database, row) for row in (ORG, ANN, KEY)] == [None, None, None]
+        assert await put(database, later) == ANN
+        assert await put(database, later) == later
+        assert (await directory.load(database))[1:] == [ORG, later, KEY]
 
 
-async def test_ids_addresses_and_digests_are_unique_in_the_file_itself(path):
+async def test_when_a_key_was_last_used_is_not_undone_by_a_change_of_it(path):
+    async with await Database.open(path) as database:
+        for row in (ORG, ANN, KEY):
+            await put(database, row)
+        await directory.update_last_used(database, [("key_1", 77)])
+        await put(database, replace(KEY, name="desktop", version=2))
+        assert (await directory.load(database))[-1] == replace(
+            KEY, name="desktop", version=2, last_used_at=77
+        )
+
+
+async def test_addresses_and_digests_are_unique_in_the_file_itself(path):
     bob = replace(ANN, user_id="bob", email="ANN@example.org")
     async with await Database.open(path) as database:
         for row in (ORG, ANN, KEY):
-            await directory.insert(database, row)
-        for duplicate in (ORG, ANN, KEY, bob, replace(KEY, key_id="key_2")):
-            with pytest.raises(AlreadyExists):
-                await directory.insert(database, duplicate)
-        await directory.update(database, replace(ANN, deleted_at=9, version=2))
-        await directory.insert(database, bob)
+            await put(database, row)
+        for duplicate in (bob, replace(KEY, key_id="key_2")):
+            with pytest.raises(StorageUnavailable) as caught:
+                await put(database, duplicate)
+            assert isinstance(caught.value.__cause__, sqlite3.IntegrityError)
+        await put(database, replace(ANN, deleted_at=9, version=2))
+        await put(database, bob)
+
+
+def test_a_row_is_shown_without_the_digest_of_its_key():
+    assert directory.named(KEY) == ("api_key", "key_1")
+    assert json.loads(directory.shown(KEY)) == {
+        "key_id": "key_1",
+        "user_id": "ann",
+        "prefix": "gw_live_abcdefgh",
+        "name": "laptop",
+        "allowed_models": ["a/b", "c"],
+        "monthly_limit": 7,
+        "rpm": 4,
+        "tpm": 5,
+        "max_parallel": 6,
+        "created_at": 3,
+        "expires_at": 4,
+        "revoked_at": 5,
+        "last_used_at": 6,
+        "version": 1,
+    }
 
 
 async def test_a_row_whose_owner_is_missing_is_not_stored(path):
     async with await Database.open(path) as database:
         with pytest.raises(StorageUnavailable):
-            await directory.insert(database, ANN)
+            await put(database, ANN)
         assert len(await directory.load(database)) == 1
 
 
 async def test_the_last_use_of_keys_is_stored(path):
     async with await Database.open(path) as database:
         for row in (ORG, ANN, KEY):
-            await directory.insert(database, row)
+            await put(database, row)
         await directory.update_last_used(database, [("key_1", 77)])
         assert (await directory.load(database))[-1] == replace(KEY, last_used_at=77)
 
@@ -358,59 +396,58 @@ async def count(database: Database) -> int:
     return (await database.read("SELECT count(*) FROM organization"))[0][0]
 
 
-INSERT = "INSERT INTO organization (org_id, created_at) VALUES (?, 1)"
+def add(*names: str) -> Callable[[sqlite3.Connection], None]:
+    def work(connection: sqlite3.Connection) -> None:
+        for name in names:
+            connection.execute(
+                "INSERT INTO organization (org_id, created_at) VALUES (?, 1)", [name]
+            )
+
+    return work
 
 
 async def test_a_transaction_that_fails_leaves_nothing(path):
+    def fail(connection: sqlite3.Connection) -> None:
+        add("a")(connection)
+        raise RuntimeError
+
     async with await Database.open(path) as database:
         with pytest.raises(RuntimeError):
-            async with database.transaction() as connection:
-                await connection.execute(INSERT, ["a"])
-                raise RuntimeError
+            await database.commit(fail)
         assert await count(database) == 1
-        async with database.transaction() as connection:
-            await connection.execute(INSERT, ["a"])
+        await database.commit(add("a"))
         assert await count(database) == 2
 
 
 async def test_a_transaction_that_sqlite_rolled_back_is_not_taken_for_committed(path):
+    def work(connection: sqlite3.Connection) -> None:
+        add("a")(connection)
+        connection.execute("ROLLBACK")  # as SQLite itself does on a full disk
+        add("b")(connection)
+
     async with await Database.open(path) as database:
-        with pytest.raises(StorageUnavailable):
-            async with database.transaction() as connection:
-                await connection.execute(INSERT, ["a"])
-                await connection.execute("ROLLBACK")  # as SQLite itself does on a full disk
-                await connection.execute(INSERT, ["b"])
+        with pytest.raises(StorageUnavailable) as caught:
+            await database.commit(work)
+        assert isinstance(caught.value.__cause__, RolledBack)
         # The second statement ran on its own: that is why the caller must hear of it.
         assert await count(database) == 2
 
 
 async def test_transactions_take_turns(path):
     async with await Database.open(path) as database:
-
-        async def add(name: str) -> None:
-            async with database.transaction() as connection:
-                await connection.execute(INSERT, [name + "1"])
-                await connection.execute(INSERT, [name + "2"])
-
-        await asyncio.gather(*(add(name) for name in "abcdefgh"))
+        await asyncio.gather(*(database.commit(add(name + "1", name + "2")) for name in "abcdefgh"))
         assert await count(database) == 17
 
 
 @pytest.mark.parametrize("steps", range(8))
 async def test_a_cancelled_transaction_leaves_the_connection_usable(path, steps):
     async with await Database.open(path) as database:
-
-        async def add() -> None:
-            async with database.transaction() as connection:
-                await connection.execute(INSERT, ["a"])
-
-        task = asyncio.get_running_loop().create_task(add())
+        task = asyncio.get_running_loop().create_task(database.commit(add("a")))
         for _ in range(steps):
             await asyncio.sleep(0)
         task.cancel()
         await asyncio.wait([task])
-        async with database.transaction() as connection:
-            await connection.execute(INSERT, ["b"])
+        await database.commit(add("b"))
         assert await count(database) in (2, 3)
 
 
@@ -420,26 +457,12 @@ async def test_a_full_disk_is_storage_unavailable_and_over_when_there_is_room(pa
         await database.read(f"PRAGMA max_page_count = {pages}")
         with pytest.raises(StorageUnavailable) as caught:
             for number in range(1000):
-                await directory.insert(database, replace(ORG, org_id=f"org-{number}"))
+                await put(database, replace(ORG, org_id=f"org-{number}"))
         assert (caught.value.status, caught.value.code) == (503, "storage_unavailable")
         assert caught.value.retry_after_s
         assert isinstance(caught.value.__cause__, sqlite3.Error)
         await database.read("PRAGMA max_page_count = 1000000")
-        await directory.insert(database, replace(ORG, org_id="later"))
-
-
-async def test_a_deleted_or_replaced_file_takes_no_more_writes(path):
-    async with await Database.open(path) as database:
-        await directory.insert(database, ORG)
-        aside = path.with_name("aside")
-        path.rename(aside)
-        with pytest.raises(StorageUnavailable):
-            await directory.insert(database, ANN)
-        path.write_bytes(aside.read_bytes())
-        with pytest.raises(StorageUnavailable):
-            await directory.insert(database, ANN)
-        aside.rename(path)
-        await directory.insert(database, ANN)
+        await put(database, replace(ORG, org_id="later"))
 
 
 async def test_a_lock_held_from_outside_is_told_in_less_than_a_second_or_so(path):
@@ -448,10 +471,10 @@ async def test_a_lock_held_from_outside_is_told_in_less_than_a_second_or_so(path
         other.execute("BEGIN IMMEDIATE")
         started = asyncio.get_running_loop().time()
         with pytest.raises(StorageUnavailable):
-            await directory.insert(database, ORG)
+            await put(database, ORG)
         assert asyncio.get_running_loop().time() - started < 2
         other.close()
-        await directory.insert(database, ORG)
+        await put(database, ORG)
 
 
 async def test_a_closed_database_says_so(path):
@@ -460,4 +483,234 @@ async def test_a_closed_database_says_so(path):
     with pytest.raises(StorageUnavailable):
         await database.read("SELECT 1")
     with pytest.raises(StorageUnavailable):
-        await directory.insert(database, ORG)
+        await put(database, ORG)
+    with pytest.raises(StorageUnavailable):
+        async with database.reader():
+            raise AssertionError("it reads what is closed")
+
+
+# -- the file under the connection ---------------------------------------------------------------
+
+
+async def test_a_deleted_or_replaced_file_takes_no_more_writes(path):
+    async with await Database.open(path) as database:
+        await put(database, ORG)
+        aside = path.with_name("aside")
+        path.rename(aside)
+        assert database.fault() == "the file is gone"
+        with pytest.raises(StorageUnavailable):
+            await put(database, ANN)
+        path.write_bytes(aside.read_bytes())
+        assert database.fault() == "another file stands in its place"
+        with pytest.raises(StorageUnavailable):
+            await put(database, ANN)
+        with pytest.raises(FileChanged):
+            await database.reopen()
+        aside.rename(path)
+        await put(database, ANN)
+        assert database.fault() is None
+
+
+async def test_a_file_that_was_written_to_from_outside_takes_no_more_writes(path):
+    async with await Database.open(path) as database:
+        await put(database, ORG)
+        os.utime(path, ns=(0, os.stat(path).st_mtime_ns + 1))
+        assert database.fault() == "somebody else has written to the file"
+        with pytest.raises(StorageUnavailable):
+            await put(database, ANN)
+        before = path.read_bytes()
+        with pytest.raises(FileChanged):
+            await database.reopen()
+        assert path.read_bytes() == before, "closing has brought the log into it"
+
+
+async def test_a_database_that_was_there_is_never_made_anew(path):
+    with pytest.raises(DatabaseRefused, match=r"missing or empty.*restore a backup"):
+        await Database.open(path, create=False)
+    path.touch()
+    with pytest.raises(DatabaseRefused, match="missing or empty"):
+        await Database.open(path, create=False)
+    async with await Database.open(path) as database:
+        path.rename(path.with_name("away"))
+        with pytest.raises(FileChanged):
+            await database.reopen()
+        assert not path.exists()
+
+
+async def test_a_file_is_left_as_it_is_when_another_takes_its_place(path, tmp_path):
+    async with await Database.open(tmp_path / "other.db") as other:
+        await put(other, replace(ORG, org_id="other"))
+    aside = path.with_name("aside")
+    async with await Database.open(path) as database:
+        await put(database, ORG)
+        before, log = path.read_bytes(), path.with_name(path.name + "-wal").read_bytes()
+
+        def place(path: Path) -> None:
+            path.rename(aside)
+            path.with_name(path.name + "-wal").rename(aside.with_name("aside-wal"))
+            (tmp_path / "other.db").rename(path)
+
+        await database.replace(place)
+        await database.reopen(check=True)
+        assert database.fault() is None
+        assert (await directory.load(database))[1].org_id == "other"
+        await put(database, replace(ORG, org_id="more"))
+    assert (aside.read_bytes(), aside.with_name("aside-wal").read_bytes()) == (before, log)
+    async with await Database.open(aside) as database:
+        assert ORG in await directory.load(database)
+
+
+async def test_damage_is_found_when_it_is_looked_for(path):
+    async with await Database.open(path) as database:
+        for number in range(400):
+            await put(database, replace(ORG, org_id=f"org-{number}"))
+    async with await Database.open(path) as database:
+        pages = path.read_bytes()
+        stamp = os.stat(path)
+        with path.open("r+b") as file:
+            file.write(pages[: 15 * 4096] + b"\xa5" * 4096 + pages[16 * 4096 :])
+        os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # the disk did it, nobody wrote
+        await database.reopen()
+        with pytest.raises(DatabaseDamaged):
+            await database.reopen(check=True)
+
+
+# -- checkpoints ---------------------------------------------------------------------------------
+
+
+def fill(megabytes: int) -> Callable[[sqlite3.Connection], None]:
+    """Changes of so many megabytes: twice of nothing to see."""
+
+    def work(connection: sqlite3.Connection) -> None:
+        connection.execute("CREATE TABLE IF NOT EXISTS filler (x BLOB)")
+        connection.executemany("INSERT INTO filler VALUES (zeroblob(?))", [(1 << 20,)] * megabytes)
+
+    return work
+
+
+def log_bytes(path: Path) -> int:
+    return path.with_name(path.name + "-wal").stat().st_size
+
+
+async def test_the_log_is_brought_in_when_it_is_worth_it_and_then_begins_anew(path):
+    async with await Database.open(path) as database:
+        await database.commit(fill(3))
+        size = path.stat().st_size
+        await database.checkpoint()
+        assert path.stat().st_size == size
+        await database.commit(fill(2))
+        await database.checkpoint()
+        assert path.stat().st_size > 5 << 20
+        await database.commit(add("a"))
+        assert log_bytes(path) < 1 << 20
+        assert database.fault() is None
+
+
+async def test_a_reader_from_outside_holds_up_neither_commits_nor_checkpoints(path):
+    async with await Database.open(path) as database:
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("BEGIN")
+        other.execute("SELECT * FROM organization").fetchall()
+        started = asyncio.get_running_loop().time()
+        for _ in range(20):
+            await database.commit(fill(5))
+            await database.checkpoint()
+        assert log_bytes(path) > TRUNCATE_BYTES
+        async with database.reader() as reader:  # ours are not kept waiting for it
+            assert len(await reader.read("SELECT 1 FROM filler")) == 100
+        assert asyncio.get_running_loop().time() - started < 15
+        other.close()
+        assert database.fault() is None
+
+
+# -- readers -------------------------------------------------------------------------------------
+
+
+async def test_a_reader_sees_one_moment_and_cannot_write(path):
+    async with await Database.open(path) as database:
+        await database.commit(lambda c: c.execute("UPDATE meta SET applied_lsn = 7"))
+        async with database.reader() as reader:
+            assert reader.as_of_lsn == 7
+            await put(database, ORG)
+            await database.commit(lambda c: c.execute("UPDATE meta SET applied_lsn = 8"))
+            assert len(await reader.read("SELECT * FROM organization WHERE cache < ?", (9,))) == 1
+            with pytest.raises(StorageUnavailable) as caught:
+                await reader.read("DELETE FROM organization")
+            assert "readonly" in str(caught.value.__cause__)
+        async with database.reader() as reader:
+            assert reader.as_of_lsn == 8
+            assert len(await reader.read("SELECT * FROM organization")) == 2
+
+
+async def test_two_read_at_a_time_and_the_third_waits_or_is_told_to_come_back(path):
+    async with await Database.open(path) as database:
+        async with database.reader(), database.reader() as second:
+            with pytest.raises(StorageUnavailable, match="Too many reports"):
+                async with database.reader(within_s=0.05):
+                    raise AssertionError("there were three")
+            third = asyncio.get_running_loop().create_task(anext(seen(database)))
+            assert await second.read("SELECT 1")
+        assert await third == 1
+
+
+async def seen(database: Database) -> AsyncIterator[int]:
+    async with database.reader() as reader:
+        yield (await reader.read("SELECT 1"))[0][0]
+
+
+ENDLESS = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"
+
+
+async def test_a_report_that_takes_too_long_is_cut_short(path):
+    async with await Database.open(path) as database:
+        started = asyncio.get_running_loop().time()
+        with pytest.raises(StorageUnavailable, match=r"longer than 0.2 s"):
+            async with database.reader(within_s=0.2) as reader:
+                await reader.read(ENDLESS)
+        assert asyncio.get_running_loop().time() - started < 5
+        async with database.reader(), database.reader():
+            pass  # both places are free again
+
+
+async def test_a_report_whose_client_leaves_is_cut_short(path):
+    async with await Database.open(path) as database:
+
+        async def report() -> None:
+            async with database.reader() as reader:
+                inside.set()
+                await reader.read(ENDLESS)
+
+        inside = asyncio.Event()
+        task = asyncio.get_running_loop().create_task(report())
+        await inside.wait()
+        task.cancel()
+        async with asyncio.timeout(3):
+            await asyncio.wait([task])
+        async with database.reader(), database.reader():
+            pass
+
+
+async def test_a_log_that_grew_too_long_lets_readers_out_but_none_in_until_it_is_cut(path):
+    async with await Database.open(path) as database:
+        async with database.reader() as reader:
+            for _ in range(2):
+                await database.commit(fill(35))
+                await database.checkpoint()
+            assert log_bytes(path) > TRUNCATE_BYTES
+            with pytest.raises(StorageUnavailable, match="Too many reports"):
+                async with database.reader(within_s=0.05):
+                    raise AssertionError("the gate was open")
+            assert await reader.read("SELECT 1")
+            await database.commit(add("a"))  # commits go on
+        assert log_bytes(path) == 0
+        async with database.reader() as reader:
+            assert len(await reader.read("SELECT 1 FROM filler")) == 70
+        assert database.fault() is None
+
+
+async def test_a_lost_file_is_not_read_from(path):
+    async with await Database.open(path) as database:
+        path.rename(path.with_name("away"))
+        with pytest.raises(StorageUnavailable):
+            async with database.reader():
+                raise AssertionError("it reads another file")

@@ -686,6 +686,9 @@ async def test_headers_for_the_client_are_a_short_list(
     assert headers.pop("x-gateway-provider") == "upstream"
     assert headers.pop("x-gateway-mode") == "normal"
     assert re.fullmatch(r"gw;dur=[0-9.]+, up;dur=[0-9.]+", headers.pop("server-timing"))
+    assert headers.pop("x-gateway-scope") == "user"
+    assert headers.pop("x-gateway-usage-usd") == headers.pop("x-gateway-held-usd") == "0.00"
+    assert re.fullmatch(r"\d{4}-\d\d-01T00:00:00Z", headers.pop("x-gateway-reset"))
     assert headers.pop("server") == "gwproxy"
     assert headers.pop("date").endswith(" GMT")
     framing = {

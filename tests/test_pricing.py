@@ -1,7 +1,5 @@
 """Rates: what a name costs is what the source says it costs, in integers, rounded once."""
 
-import argparse
-import json
 import math
 import random
 from collections.abc import Iterator
@@ -29,6 +27,7 @@ from gwproxy import assets
 from gwproxy.cli import prices as command
 from gwproxy.core.money import Picos, nanos_from_picos
 from gwproxy.core.pricing import PriceBook, Rate, Tier
+from gwproxy.core.routing import Provider, Routes
 from gwproxy.core.usage import Usage
 
 BOOK = PriceBook(assets.prices())
@@ -43,6 +42,9 @@ WITH_FALLBACK = {"azure-openai", "google-vertex-ai"}
 
 
 def source_model(slug: str, name: str) -> ModelInfo | None:
+    if slug == "custom-hf":  # the router: `model:host`, each host a provider of the source
+        name, _, host = name.rpartition(":")
+        return SOURCE[f"{command.HUGGINGFACE}{host}"].find_model(name)
     provider = SOURCE[command.SOURCES[slug]]
     others = source_providers if slug in WITH_FALLBACK else None
     return provider.find_model(name, all_providers=others)
@@ -130,6 +132,13 @@ NAMES = sorted(
     }
     | {("azure-openai", model.id) for model in SOURCE["openai"].models}
     | {("google-vertex-ai", model.id) for model in SOURCE["anthropic"].models}
+    | {
+        ("custom-hf", f"{name}:{source_id.removeprefix(command.HUGGINGFACE)}")
+        for source_id, source in SOURCE.items()
+        if source_id.startswith(command.HUGGINGFACE)
+        for model in source.models
+        for name in spellings(model)
+    }
 )
 
 tokens = st.one_of(
@@ -226,6 +235,40 @@ def test_the_models_people_start_with_are_priced_under_the_names_they_send(
     assert rate is not None
     base = rate.tiers[0]
     assert (base.input, base.output) == tuple(int(Decimal(usd) * 10**6) for usd in usd_per_mtok)
+
+
+# A Hugging Face model needs a provider of one's own in front of the router, and so a prefix.
+ROUTES = Routes({"huggingface": Provider("huggingface", "custom-hf", "custom-hf")})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "openai/gpt-4",
+        "openai/gpt-4-turbo",
+        "openai/gpt-4o",
+        "openai/gpt-4o-mini",
+        "anthropic/claude-3-haiku",
+        "anthropic/claude-3-opus",
+        "anthropic/claude-3-sonnet",
+        "google/gemini-1.5-flash",
+        "google/gemini-1.5-pro",
+        "google/gemini-2.5-flash",
+        "google/gemini-2.5-pro",
+        "gemini/gemini-2.5-pro",
+        "google-ai-studio/gemini-2.0-flash-exp",
+        "workers-ai/@cf/meta/llama-2-7b-chat-fp16",
+        "huggingface/meta-llama/Llama-3.3-70B-Instruct",
+        "huggingface/meta-llama/Llama-3.3-70B-Instruct:groq",
+    ],
+)
+def test_what_the_shipped_examples_ask_for_is_priced_as_it_is_asked_for(name: str) -> None:
+    chain = ROUTES.resolve(name)
+    assert chain is not None
+    for at_s in (NOW_S, NOW_S + 365 * 86_400, None):
+        rate = BOOK.rate_of(chain[0], at_s)
+        assert rate is not None and not rate.overridden
+        assert rate.cost(Usage(input=1000, output=1000)) > 0
 
 
 def test_each_listed_model_has_a_price_under_the_name_it_is_listed_by() -> None:
@@ -489,6 +532,21 @@ def test_hours_of_the_day_change_the_price_also_over_midnight() -> None:
     assert input_price(book, None) == 20
 
 
+def test_the_history_has_every_price_with_its_time() -> None:
+    book = PriceBook(
+        table(flat(10), {"from": "2026-03-01", "hours": ["22:30", "02:00"], **flat(7)})
+    )
+    always, nightly = book.history("one", "m")
+    assert (always.from_day, always.hours_s, always.rate.tiers[0].input) == (None, None, 10)
+    assert nightly.from_day is not None and nightly.from_day * 86_400 == day("2026-03-01")
+    assert nightly.hours_s == (22 * 3600 + 30 * 60, 2 * 3600)
+    assert book.rate("one", "m", day("2026-03-01")) is nightly.rate
+    assert book.history("other", "m") == book.history("one", "m")
+    assert book.history("one", "n") == ()
+    overridden = book.with_overrides({"one/m": FREE}).history("one", "m")
+    assert [price.rate.overridden for price in overridden] == [True]
+
+
 def test_a_model_is_found_by_the_first_clause_that_matches() -> None:
     row = {"prices": [flat(1)]}
     book = PriceBook(
@@ -579,6 +637,37 @@ def test_a_provider_unknown_to_the_table_is_priced_by_its_models_full_name() -> 
     assert book.models("mock") == ["echo"]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "google-ai-studio/gemini-2.5-flash",
+        "google/gemini-2.5-flash",
+        "gemini/gemini-2.5-flash",
+        "Gemini/Gemini-2.5-Flash",
+    ],
+)
+def test_an_override_may_call_a_provider_by_any_of_its_names(name: str) -> None:
+    book = PriceBook(assets.prices(), {name: {"input": "1", "output": "1"}})
+    assert book.overrides() == ["google-ai-studio/gemini-2.5-flash"]
+    assert book.canonical(name) == "google-ai-studio/gemini-2.5-flash"
+    for asked in ("google-ai-studio", "google", "gemini"):
+        rate = book.rate(asked, "gemini-2.5-flash")
+        assert rate is not None and rate.overridden
+
+
+def test_a_model_of_another_server_may_have_a_known_providers_name_in_its_own() -> None:
+    book = PriceBook(assets.prices(), {"gemini/tuned": {"input": "1", "output": "1"}})
+    rate = book.rate("local", "gemini/tuned")
+    assert rate is not None and rate.overridden
+
+
+def test_an_overridden_model_is_listed_once_and_as_it_is_written_upstream() -> None:
+    name = "meta-llama/Llama-3.3-70B-Instruct"
+    book = PriceBook(assets.prices(), {f"custom-hf/{name}": {"input": "1", "output": "1"}})
+    assert book.models("custom-hf") == BOOK.models("custom-hf")
+    assert name in book.models("custom-hf")
+
+
 def test_an_override_can_say_what_the_table_cannot_know() -> None:
     book = PriceBook(
         assets.prices(), {"local/thinker": {**FREE, "max_output_tokens": 99, "reasons": True}}
@@ -629,63 +718,3 @@ def test_the_version_names_the_table_and_the_overrides() -> None:
     assert BOOK.version == assets.prices()["version"]
     assert one.version == same.version != other.version
     assert one.version.startswith(f"{BOOK.version}+")
-
-
-# -- the command line ----------------------------------------------------------------------------
-
-
-def run(*words: str) -> int:
-    parser = argparse.ArgumentParser(prog="gwproxy")
-    command.add_commands(parser.add_subparsers(required=True))
-    args = parser.parse_args(["prices", *words])
-    code: int = args.func(args)
-    return code
-
-
-def test_prices_show_tells_tiers_and_limits(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("show", "anthropic/claude-sonnet-4-5-20250929") == 0
-    out = capsys.readouterr().out
-    assert "listed as claude-sonnet-4-5" in out
-    assert "input above 200000 tokens" in out
-    assert "22.50" in out
-    assert BOOK.version in out
-
-
-def test_prices_show_takes_a_date(capsys: pytest.CaptureFixture[str]) -> None:
-    for at, dollars in [("2025-06-09", "10.00"), ("2025-06-10", "2.00")]:
-        assert run("show", "openai/o3", "--at", at, "--json") == 0
-        assert json.loads(capsys.readouterr().out)["tiers"][0]["input"] == dollars
-    with pytest.raises(SystemExit) as stop:
-        run("show", "openai/o3", "--at", "yesterday")
-    assert stop.value.code == 2
-
-
-def test_prices_show_says_how_to_price_a_model(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("show", "mock/echo") == 1
-    assert '[prices.models."mock/echo"]' in capsys.readouterr().err
-    assert run("show", "echo") == 2
-
-
-def test_prices_list_gives_every_model_of_a_provider(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("list", "--provider", "groq", "--json") == 0
-    models = json.loads(capsys.readouterr().out)["models"]
-    assert sorted(models) == [f"groq/{name}" for name in BOOK.models("groq")]
-    assert run("list", "--provider", "groq") == 0
-    assert f"{len(models)} models" in capsys.readouterr().out
-    assert run("list", "--provider", "nobody") == 1
-
-
-def test_prices_build_writes_the_same_table_each_time(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "prices.json"
-    assert run("build", "--out", str(out), "--check") == 1
-    assert not out.exists()
-    assert run("build", "--out", str(out), "--json") == 0
-    first = out.read_bytes()
-    assert run("build", "--out", str(out)) == 0
-    assert run("build", "--out", str(out), "--check") == 0
-    assert out.read_bytes() == first
-    assert run("build", "--check") == 0
-    printed = capsys.readouterr().out.splitlines()
-    assert json.loads(printed[1])["version"] == BOOK.version

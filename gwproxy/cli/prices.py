@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import ROUND_HALF_EVEN, Decimal
+from functools import cache
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +214,7 @@ def _show(args: argparse.Namespace) -> int:
         found = {"model": args.model, "version": book.version, **_as_json(rate), "history": dated}
         print(json.dumps(found))
         return FINE
-    origin = "an override" if rate.overridden else f"listed as {rate.listed_as}"
+    origin = "overridden" if rate.overridden else f"listed as {rate.listed_as}"
     print(f"{args.model}, {origin}\n")
     rows: list[tuple[str, ...]] = [_HEAD]
     holds = "now" if args.at is None else "then"
@@ -245,6 +247,7 @@ def _book(args: argparse.Namespace) -> PriceBook:
         return _built_in()
 
 
+@cache  # every book of one command lies on top of it
 def _built_in() -> PriceBook:
     return PriceBook(assets.prices())
 
@@ -367,7 +370,7 @@ def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """One model's prices in two books; None, or an empty history, where it has none."""
+    """What differs between one model's prices in two books."""
 
     name: str
     old: History
@@ -476,7 +479,7 @@ def _differing(old: History, new: History) -> Iterator[tuple[str, Figures | None
         was, now = _beside(beginning, old), _beside(beginning, new)
         tiers = {tier.above_input_tokens for rate in (was, now) if rate for tier in rate.tiers}
         for above in sorted(tiers):
-            before, after = (rate and _figures(rate, above) for rate in (was, now))
+            before, after = (None if rate is None else _figures(rate, above) for rate in (was, now))
             if before != after:
                 yield _when(beginning, both, above), before, after
 
@@ -524,8 +527,8 @@ def _set(args: argparse.Namespace) -> int:
         raise _Refused(
             f"{', '.join(variables)} in the environment would win over the file: unset it first"
         )
-    if row is not None and (meant := _meant(name, before, old)):
-        raise _Refused(f'"{name}" is priced under another name here: write "{meant}"')
+    if row is not None:
+        _check_name(name, before, old)
     try:
         raw = path.read_bytes()
         edited = with_price(raw.decode(), name, row and _as_toml(row)).encode()
@@ -581,17 +584,24 @@ def _standing(name: str) -> list[str]:
     return found
 
 
-def _meant(name: str, config: Config, book: PriceBook) -> str | None:
-    """The name under which this price already stands, or is looked up."""
+def _check_name(name: str, config: Config, book: PriceBook) -> None:
+    """_Refused where no request would ever take the price from under this name."""
     for other in config.prices.models:
         if other != name and book.canonical(other) == book.canonical(name):
-            return other
+            raise _Refused(
+                f'{config.file} prices this model as "{other}": change that one, or take it out '
+                "with --unset first"
+            )
     head, slash, model = name.partition("/")
-    provider = config.providers.get(head)
-    if not slash or provider is None or not provider.prefix or head in CATALOGUE:
-        return None
-    meant = f"{CATALOGUE.get(provider.prefix, provider.prefix)}/{model}"
-    return None if book.canonical(meant) == book.canonical(name) else meant
+    if slash and head in config.providers:
+        prefix = config.providers[head].prefix or ""
+        # The same rule by which the routes find a provider's prices.
+        slug = CATALOGUE.get(prefix) or CATALOGUE.get(head) or prefix or head
+        if book.canonical(f"{slug}/{model}") != book.canonical(name):
+            raise _Refused(
+                f'[providers.{head}] is "{slug}" upstream, and prices go by that: write '
+                f'"{slug}/{model}"'
+            )
 
 
 def _checked(draft: Path, before: Config, name: str, row: Row | None) -> Config:
@@ -654,7 +664,7 @@ def _tell(
         outcome = "is not there" if args.unset else "says so already"
     print(f'{path}: [prices.models."{args.model}"] {outcome}\n')
     rows: list[tuple[str, ...]] = [_HEAD]
-    for label, rate in (("before", was), ("now", now)):
+    for label, rate in (("before", was), ("now", now))[not written :]:
         if rate is None:
             rows.append((f"{label}: no price", "-", "-", "-", "-", ""))
         else:
@@ -719,7 +729,8 @@ def with_price(text: str, name: str, wanted: Mapping[str, str] | None) -> str:
     line_break = "\r\n" if "\r\n" in text else "\n"
     if wanted is None:
         edits = [(one.start, one.end, "") for one in own]
-        if own and own[0].value is None:
+        unbroken = all(one.end == following.start for one, following in pairwise(own))
+        if own and own[0].value is None and unbroken:
             before, after = text[: own[0].start], text[own[-1].end :]
             if before.endswith(line_break * 2) and (not after or after.startswith(line_break)):
                 # The empty line before the table parts nothing any more.

@@ -12,6 +12,7 @@ from gwproxy.config import ConfigError, find_config, load
 from gwproxy.core.routing import CATALOGUE
 from gwproxy.log import Log
 from gwproxy.storage.database import DatabaseRefused
+from gwproxy.storage.segments import JournalRefused
 
 FINE = 0
 FAILED = 1
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     log.start()
     try:
         uvloop.run(serve(config, log, _announce))
-    except (DatabaseRefused, AssetError) as error:
+    except (DatabaseRefused, JournalRefused, AssetError) as error:
         print(f"gwproxy: {error}", file=sys.stderr)
         return FAILED
     except OSError as error:

@@ -367,9 +367,10 @@ class PriceBook:
         return sorted(self._overrides)
 
     def canonical(self, name: str) -> str:
-        """Overrides are found under a provider's one slug, whatever alias the operator wrote."""
-        provider, slash, model = name.partition("/")
-        return f"{self._aliases.get(provider, provider)}{slash}{model}".lower()
+        """The name by which an override is found: the provider's one slug, whatever alias the
+        operator wrote, and no capitals."""
+        provider, slash, model = name.lower().partition("/")
+        return f"{self._aliases.get(provider, provider)}{slash}{model}"
 
     def _look_up(self, provider: str, model: str) -> tuple[Price, ...]:
         if len(provider) + len(model) > _LONGEST_NAME:

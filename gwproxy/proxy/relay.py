@@ -160,17 +160,32 @@ class Relay:
         if gap > reply.longest_gap_s:
             reply.longest_gap_s = gap
         reply.last_byte_at = now
-        leaving = self._events.feed(data)
         if self._drained is not None:
+            self._events.feed(data)
             self._drained += len(data)
             if self._drained > DRAIN_BYTES:
                 self._rouse()
-        elif leaving and self._may_leave():
+            return
+        if self._reservation.scarce:
+            *whole, rest = data.split(b"\n\n")
+            for event in whole:
+                if not self._pass_on(event + b"\n\n", now):
+                    return
+            data = rest
+        self._pass_on(data, now)
+
+    def _pass_on(self, data: bytes, now: float) -> bool:
+        """Read `data` and write what may leave now; False: the stream ends here."""
+        leaving = self._events.feed(data)
+        if leaving:
+            if not self._may_leave():
+                return False
             self._last_out_at = now
             self._write(leaving)
             if self._protocol.writing_paused:
                 self._reply.connection.pause()
                 self._rouse()
+        return True
 
     def on_end(self, failure: Failure | None) -> None:
         # After [DONE] nothing can be missing, however the connection ended.

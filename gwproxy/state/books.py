@@ -5,6 +5,7 @@ on, to its one settlement, is in `state.reservation`.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
@@ -17,6 +18,7 @@ from gwproxy.core.learned import OutputLengths
 from gwproxy.core.ledger import Account, held, left
 from gwproxy.core.limits import limits_of
 from gwproxy.core.money import NANOS_PER_USD
+from gwproxy.core.period import periods
 from gwproxy.core.pricing import PriceBook
 from gwproxy.core.records import Alert, Reserve
 from gwproxy.core.routing import Candidate
@@ -34,6 +36,9 @@ ALERT_PERCENT: Final = (80, 95, 100)
 
 NEGLIGIBLE: Final = 100
 """A prompt is counted only where its bound is more than a hundredth of what is left."""
+
+MAXIMUM_BYTES: Final = 40
+"""The field that a refusal may offer to be sent the next time: its bytes count already."""
 
 
 class Books:
@@ -65,7 +70,7 @@ class Books:
         self._lost = lost
         self._metrics = metrics
         self._log = log
-        self._desk = Desk(ledger, accounts, count, durable, self._settled)
+        self._desk = Desk(ledger, keyring, accounts, count, durable, self._settled)
 
     # -- quote -------------------------------------------------------------------------------
 
@@ -91,7 +96,14 @@ class Books:
                 param="model",
             )
         bound, counted = prompt_bound(chat.body, chat.size_bytes), None
-        room = left(self.ledger.state, self._own(principal, organization))
+        if chat.max_output_tokens is None:
+            bound += MAXIMUM_BYTES
+        month_and_day = self.ledger.periods()
+        accounts = (
+            *self.accounts.of(principal, organization, month_and_day, degraded=self._lost()),
+            *[self.accounts.provider(each.provider.name, month_and_day[1]) for each, _ in rated],
+        )
+        room = left(self.ledger.state, accounts)
         if room is not None:
             dearest = max([rate.worst_case(bound, 0) for _, rate in rated])
             if dearest * NEGLIGIBLE > room:
@@ -140,8 +152,9 @@ class Books:
         organization = self._keyring.organization_of(principal)
         degraded = self._degraded(organization)
         ledger.admit()
-        periods = ledger.periods()
-        own = self.accounts.of(principal, organization, periods, degraded=degraded)
+        stamp = ledger.stamp()  # one look at the clock for all of it
+        month_and_day = periods(stamp["t"])
+        own = self.accounts.of(principal, organization, month_and_day, degraded=degraded)
         room = left(ledger.state, own)
 
         chain: list[Planned] = []
@@ -150,7 +163,7 @@ class Books:
         for priced in quote.priced:
             provider = priced.candidate.provider.name
             accounts, theirs = own, room
-            account = self.accounts.provider(provider, periods[1])
+            account = self.accounts.provider(provider, month_and_day[1])
             if not chain:
                 # Its own budget is looked at when its turn comes; the first one's turn is now.
                 today = left(ledger.state, (account,))
@@ -164,7 +177,9 @@ class Books:
                 self.accounts.terms.default_max_output_tokens,
             )
             if isinstance(found, Short):
-                refused = refused or (accounts, found)
+                # A provider's budget is the reason only where it is that of every candidate.
+                if refused is None or (accounts is own and refused[0] is not own):
+                    refused = (accounts, found)
                 edits.append(f"skipped {provider}: over budget")
             else:
                 chain.append(Planned(priced, found))
@@ -175,7 +190,9 @@ class Books:
             rates.undo()
             assert refused is not None, "a quote has a candidate at least"
             accounts, short = refused
-            refusal = self.accounts.refuse(ledger.state, accounts, short.needed, short.fits)
+            refusal = self.accounts.refuse(
+                ledger.state, accounts, short.needed, short.fits, stamp["t"]
+            )
             self._metrics.quota_refusal(refusal.scope).value += 1
             raise refusal
 
@@ -183,9 +200,8 @@ class Books:
         candidate, lowered = first.priced.candidate, first.plan.lowered
         if lowered is not None:
             edits.append(f"{candidate.provider.max_tokens_field}={lowered}")
-        account = self.accounts.provider(candidate.provider.name, periods[1])
+        account = self.accounts.provider(candidate.provider.name, month_and_day[1])
         amount = max([planned.plan.cost for planned in chain])
-        stamp = ledger.stamp()
         record = Reserve(
             **stamp,
             id=trace.request_id,
@@ -216,11 +232,10 @@ class Books:
         return Reservation(
             self._desk,
             principal,
-            organization,
             quote,
             chain,
             rates,
-            periods,
+            month_and_day,
             record.lsn,
             trace,
             degraded=degraded,
@@ -237,11 +252,6 @@ class Books:
             )
         return True
 
-    def _own(self, principal: Principal, organization: Organization) -> tuple[Account, ...]:
-        return self.accounts.of(
-            principal, organization, self.ledger.periods(), degraded=self._lost()
-        )
-
     @staticmethod
     def _tokens(quote: Quote, chain: Sequence[Planned]) -> int:
         """What a limit on tokens a minute is asked for."""
@@ -254,7 +264,7 @@ class Books:
 
     def _settled(self, reservation: Reservation, spent: Sequence[Spent], overrun: int) -> None:
         """What a settlement means to everybody but the ledger."""
-        metrics = self._metrics
+        metrics, trace = self._metrics, reservation.trace
         for each in spent:
             candidate, usage = each.priced.candidate, each.usage
             metrics.settled(
@@ -264,9 +274,10 @@ class Books:
                 (usage.input, usage.cache_read, usage.cache_write, usage.output, usage.reasoning),
                 each.cost / NANOS_PER_USD,
             )
-            if each.source == "provider" and usage.output:
+            # An answer that was cut says nothing of how long they get.
+            if each.source == "provider" and usage.output and trace.outcome == "completed":
                 self._lengths.observe(reservation.principal.key_id, candidate.model, usage.output)
-        metrics.settlement(reservation.trace.outcome).value += 1
+        metrics.settlement(trace.outcome).value += 1
         if overrun:
             metrics.overruns.value += 1
         if spent:
@@ -283,8 +294,8 @@ class Books:
                 continue
             balance = state.balances[account.name, account.period]
             limit = account.limit + balance.credited
-            if balance.spent * 100 < limit * ALERT_PERCENT[0]:
-                continue
+            if not balance.spent or balance.spent * 100 < limit * ALERT_PERCENT[0]:
+                continue  # where nothing may be spent, what is free is no reason for an alert
             for percent in ALERT_PERCENT:
                 crossed = (account.name, account.period, percent)
                 if balance.spent * 100 < limit * percent or crossed in state.alerts:
@@ -296,16 +307,17 @@ class Books:
 
         def record() -> None:
             if (name, period, percent) not in ledger.state.alerts:
-                ledger.post(
-                    Alert(
-                        **ledger.stamp(),
-                        account=name,
-                        period=period,
-                        percent=percent,
-                        spent=spent,
-                        limit=limit,
+                with contextlib.suppress(RecordUncertain):  # it counts
+                    ledger.post(
+                        Alert(
+                            **ledger.stamp(),
+                            account=name,
+                            period=period,
+                            percent=percent,
+                            spent=spent,
+                            limit=limit,
+                        )
                     )
-                )
                 self._log.event(
                     "warning",
                     "budget alert",

@@ -19,7 +19,7 @@ from gwproxy.core.errors import GatewayError
 from gwproxy.core.estimate import prompt_tokens
 from gwproxy.core.holds import Ask, Plan, Short, plan, step
 from gwproxy.core.identity import OnExhausted, Organization, Principal, UnboundedPolicy
-from gwproxy.core.ledger import Account, Hold, left
+from gwproxy.core.ledger import Account, Balance, Hold, left
 from gwproxy.core.meter import Meter
 from gwproxy.core.pricing import Rate
 from gwproxy.core.records import NO_TOKENS, Attempt, Held, Mark, Rates, Settle, Tokens, Tried
@@ -28,6 +28,7 @@ from gwproxy.core.tokens import family_factor, scale
 from gwproxy.core.trace import Trace
 from gwproxy.core.usage import Usage
 from gwproxy.state.accounts import Accounts, Figures, tightest
+from gwproxy.state.keyring import Keyring
 from gwproxy.state.ledger import Ledger, RecordUncertain
 from gwproxy.state.rates import Admission
 
@@ -90,6 +91,7 @@ class Desk:
     """What all reservations share."""
 
     ledger: Ledger
+    keyring: Keyring
     accounts: Accounts
     count: Callable[[str], int]
     """The tokenizer's."""
@@ -107,13 +109,17 @@ class Spent(msgspec.Struct, frozen=True):
     source: str
     cost: int
 
+    @property
+    def account(self) -> str:
+        return f"provider:{self.priced.candidate.provider.name}"
+
 
 class Reservation:
     """One admitted request. Leaving its `with` settles whatever was metered, once."""
 
     __slots__ = (
-        "_counted",
         "_desk",
+        "_fits",
         "_priced",
         "_settled",
         "_spent",
@@ -124,13 +130,13 @@ class Reservation:
         "lsn",
         "mark",
         "meter",
-        "organization",
         "outcome",
         "periods",
         "plan",
         "principal",
         "quote",
         "rates",
+        "scarce",
         "trace",
     )
 
@@ -138,7 +144,6 @@ class Reservation:
         self,
         desk: Desk,
         principal: Principal,
-        organization: Organization,
         quote: Quote,
         chain: list[Planned],
         rates: Admission,
@@ -154,9 +159,8 @@ class Reservation:
         self._settled = False
         self._status = 200
         self._spent: list[Spent] = []  # by attempts that were sent and never answered
-        self._counted = 0
+        self._fits = _NEVER
         self.principal = principal
-        self.organization = organization
         self.quote = quote
         self.chain = chain
         self.plan = chain[0].plan
@@ -168,12 +172,15 @@ class Reservation:
         self.meter: Meter | None = None
         self.mark = 0
         """So many tokens may be relayed as it stands; before any more, `extend` is asked."""
+        self.scarce = False
+        """The end of what is held is near: of several events at once some may fit and some not."""
         self.outcome: Outcome | None = None
 
     async def __aenter__(self) -> Self:
         try:
             await self._desk.durable(self.lsn)
         except BaseException:
+            self._status = 0
             self._settle(Outcome.VOID)
             raise
         return self
@@ -184,12 +191,15 @@ class Reservation:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if isinstance(error, GatewayError):
-            self._status = error.status
-        elif self.outcome is None and isinstance(error, asyncio.CancelledError | ConnectionError):
-            # Cancelled by the server, or found out by us on writing to a closed connection.
-            self.outcome = Outcome.CLIENT_LEFT
-            self._status = CLIENT_LEFT_STATUS
+        if isinstance(error, asyncio.CancelledError | ConnectionError):
+            if self.outcome is None:
+                # Cancelled by the server, or found out by us on writing to a closed connection.
+                self.outcome = Outcome.CLIENT_LEFT
+                self._status = CLIENT_LEFT_STATUS
+        elif error is not None:
+            self._status = error.status if isinstance(error, GatewayError) else 500
+            if self.outcome is None and self._stage is _Stage.ANSWERING:
+                self.outcome = Outcome.TRUNCATED
         self.settle()
 
     # -- told by dispatch and relay ----------------------------------------------------------
@@ -199,7 +209,7 @@ class Reservation:
         self._priced = planned.priced
         self.plan = planned.plan
         self._stage = _Stage.NOT_SENT
-        self._counted = 0
+        self._fits = _NEVER
         # What is out of sight has no watermark: recovery charges all that is held.
         self.mark = _NEVER if planned.priced.ask.hidden else 0
         meter = self.meter = Meter(self._desk.count)
@@ -213,15 +223,15 @@ class Reservation:
         desk, priced = self._desk, planned.priced
         ledger, accounts = desk.ledger, desk.accounts
         provider = priced.candidate.provider.name
+        ledger.pay()
         hold = self._hold()
         before = self._cost_so_far()
         account = accounts.provider(provider, self.periods[1])
-        room = self._room(hold, account)
         found = plan(
             priced.ask,
             priced.rate,
             self.organization.unbounded_policy,
-            None if room is None else room - before,
+            self._room(hold, account),
             accounts.terms.default_max_output_tokens,
         )
         if isinstance(found, Short):
@@ -265,46 +275,52 @@ class Reservation:
         Raises what the client is to be told where the budget has no room for it.
         """
         assert self.meter is not None and self._priced is not None
-        rate, ask = self._priced.rate, self._priced.ask
-        factor = family_factor(self._priced.candidate.model)
-        ledger, hold, before = self._desk.ledger, self._hold(), self._cost_so_far()
+        rate, ask, candidate = self._priced.rate, self._priced.ask, self._priced.candidate
+        factor = family_factor(candidate.model)
+        desk, hold = self._desk, self._hold()
+        account = desk.accounts.provider(candidate.provider.name, self.periods[1])
         bound = self.meter.bound()
         wanted = bound + step(self.plan.output)
 
-        within = _units(rate.affordable_output(ask.prompt, hold.amount - before), factor)
+        within = _units(rate.affordable_output(ask.prompt, self._kept(hold, account)), factor)
         if bound < within:
-            self._set_mark(hold, min(wanted, within), before)
+            self.scarce = self.plan.grows and within <= wanted
+            self._set_mark(hold, account, min(wanted, within))
             return
         if not self.plan.grows:
             # A declared or sent maximum, and the upstream goes beyond it: an overrun, and counted.
-            self._set_mark(hold, wanted, before)
+            self._set_mark(hold, account, wanted)
             return
-        provider = self._priced.candidate.provider.name
-        account = self._desk.accounts.provider(provider, self.periods[1])
+        desk.ledger.pay()
         room = self._room(hold, account)
+        most = _NEVER
         if room is not None:
-            within = _units(rate.affordable_output(ask.prompt, room - before), factor)
-            wanted = min(wanted, within)
-        if bound < wanted:
-            self._set_mark(hold, wanted, before, raising=True)
+            # What is held already stays, also where a limit was lowered since.
+            most = max(within, _units(rate.affordable_output(ask.prompt, room), factor))
+        self.scarce = most <= wanted
+        if bound < most:
+            self._set_mark(hold, account, min(wanted, most), raising=True)
             return
         if (
             self.organization.on_exhausted is OnExhausted.FINISH
             or self.organization.unbounded_policy is UnboundedPolicy.BOUNDED
         ):
-            self._set_mark(hold, bound + step(self.plan.output), before)
+            self._set_mark(hold, account, wanted)
             return
         # The bound may be above what was really said by some hundred tokens: now they are counted.
         counted = self.meter.counted()
-        largest = counted - self._counted if self._counted else 0
-        self._counted = counted
-        if counted + largest <= within:
-            if self.mark < within:
-                self._set_mark(hold, within, before, raising=True)
+        if counted <= most:
+            if self.mark < most:
+                self._set_mark(hold, account, most, raising=True)
             return  # the watermark stays below the bound, so that the next event is asked for too
-        more = rate.worst_case(ask.prompt, scale(counted + step(0), factor)) + before
-        raise self._desk.accounts.refuse(
-            ledger.state, (*self._own(), account), max(0, more - hold.amount), 0
+        self._fits = most  # what came last is not passed on, and not charged
+        more = rate.worst_case(ask.prompt, scale(counted + step(0), factor))
+        raise desk.accounts.refuse(
+            desk.ledger.state,
+            (*self._own(), account),
+            max(0, more - self._kept(hold, account)),
+            0,
+            desk.ledger.now_ms(),
         )
 
     # -- the end -----------------------------------------------------------------------------
@@ -316,7 +332,8 @@ class Reservation:
             if self._stage is _Stage.ANSWERING:
                 outcome = Outcome.COMPLETED
             else:
-                outcome = Outcome.UNKNOWN if self._spent else Outcome.FAILED
+                sent = self._spent or self._stage is _Stage.SENT
+                outcome = Outcome.UNKNOWN if sent else Outcome.FAILED
         self._settle(outcome)
 
     def _settle(self, outcome: Outcome) -> None:
@@ -406,7 +423,7 @@ class Reservation:
             return reported, "provider"
         if self._stage is _Stage.SENT:
             return Usage(input=self._prompt_tokens()), "estimated"
-        counted = scale(meter.counted(), family_factor(priced.candidate.model))
+        counted = scale(min(meter.counted(), self._fits), family_factor(priced.candidate.model))
         if reported is None:
             return Usage(input=self._prompt_tokens(), output=counted), "counted"
         if counted <= reported.output:
@@ -431,9 +448,16 @@ class Reservation:
                 counted = prompt_tokens(chat.body, self._desk.count)
         return scale(counted, family_factor(self._priced.candidate.model))
 
+    @property
+    def organization(self) -> Organization:
+        """As it is now: a change of it holds for what is under way too."""
+        return self._desk.keyring.organization_of(self.principal)
+
     def figures(self) -> Figures:
-        """How the caller's tightest account stands."""
-        return tightest(self._desk.ledger.state, self._own())
+        """How the tightest account stands: of the caller's, and of the provider's day."""
+        candidate = (self._priced or self.chain[0].priced).candidate
+        account = self._desk.accounts.provider(candidate.provider.name, self.periods[1])
+        return tightest(self._desk.ledger.state, (*self._own(), account))
 
     # -- holds -------------------------------------------------------------------------------
 
@@ -446,33 +470,39 @@ class Reservation:
             self.principal, self.organization, self.periods, degraded=self.degraded
         )
 
-    def _room(self, hold: Hold, provider: Account | None = None) -> int | None:
-        """What this reservation may hold in all, on each of its accounts; None: any amount."""
+    def _kept(self, hold: Hold, provider: Account) -> int:
+        """What is held for the attempt under way on its provider's account. On the caller's own it
+        is as much or more: enough for the dearest candidate."""
+        return _held_on(hold, provider) - self._cost_so_far(provider)
+
+    def _room(self, hold: Hold, provider: Account) -> int | None:
+        """What one attempt at this provider may cost, those before it paid for; None: anything."""
         state = self._desk.ledger.state
         room = left(state, self._own())
         if room is not None:
-            room += hold.amount
-        if provider is not None:
-            theirs = left(state, (provider,))
-            if theirs is not None:
-                theirs += _held_on(hold, provider)
-                room = theirs if room is None else min(room, theirs)
+            room += hold.amount - self._cost_so_far()
+        theirs = left(state, (provider,))
+        if theirs is not None:
+            theirs += self._kept(hold, provider)
+            room = theirs if room is None else min(room, theirs)
         return room
 
-    def _cost_so_far(self) -> int:
-        return sum([each.cost for each in self._spent])
+    def _cost_so_far(self, provider: Account | None = None) -> int:
+        """What the attempts before may have cost, at this provider or at all."""
+        return sum(
+            [each.cost for each in self._spent if provider is None or provider.name == each.account]
+        )
 
-    def _set_mark(self, hold: Hold, units: int, before: int, *, raising: bool = False) -> None:
+    def _set_mark(self, hold: Hold, account: Account, units: int, *, raising: bool = False) -> None:
         """Record that no more than `units` tokens as the meter counts them will be relayed."""
         assert self._priced is not None
-        ledger, candidate = self._desk.ledger, self._priced.candidate
-        output = scale(units, family_factor(candidate.model))
-        own = self._priced.rate.worst_case(self._priced.ask.prompt, output)
-        cost = before + own
+        ledger, ask = self._desk.ledger, self._priced.ask
+        output = scale(units, family_factor(self._priced.candidate.model))
+        own = self._priced.rate.worst_case(ask.prompt, output)
+        cost = self._cost_so_far() + own
         holds: tuple[Held, ...] = ()
-        if raising and cost > hold.amount:
-            account = self._desk.accounts.provider(candidate.provider.name, self.periods[1])
-            holds = self._holds(hold, cost, account, own)
+        if raising and own > self._kept(hold, account):
+            holds = self._holds(hold, max(hold.amount, cost), account, own)
         record = Mark(**ledger.stamp(), r=self.lsn, tokens=output, cost=cost, holds=holds)
         with contextlib.suppress(RecordUncertain):  # it counts
             ledger.post(record)
@@ -500,7 +530,7 @@ class Reservation:
         already = {(held.account, held.period): held.hold for held in hold.holds}
         lines = []
         for key, value in wanted.items():
-            balance = state.balance(key)
+            balance = state.balances.get(key, _UNUSED)
             limit = limits.get(key[0])
             lines.append(
                 Held(
@@ -511,6 +541,9 @@ class Reservation:
                 )
             )
         return tuple(lines)
+
+
+_UNUSED: Final = Balance()
 
 
 def _held_on(hold: Hold, account: Account) -> int:

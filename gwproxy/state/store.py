@@ -77,7 +77,7 @@ class Store:
     def __init__(
         self,
         *,
-        locks: list[int],
+        lock: int,
         database: Database,
         journal: Journal,
         ledger: Ledger,
@@ -89,7 +89,7 @@ class Store:
         durable: Callable[[int], Awaitable[None]],
         log: Log,
     ) -> None:
-        self._locks = locks
+        self._lock = lock
         self.database = database
         self.journal = journal
         self.ledger = ledger
@@ -131,19 +131,13 @@ class Store:
         `group` runs what goes on in the background. `accept_loss`: a journal that should be there
         and is not is done without, and what only it knew is lost.
         """
-        with contextlib.ExitStack() as undo:
+        async with contextlib.AsyncExitStack() as undo:
+            database = await undo.enter_async_context(await Database.open(kept.database))
             lock = claim(kept.journal)
             undo.callback(os.close, lock)
-            database = await Database.open(kept.database)
-            failed = True
-            try:
-                store = await cls._open(
-                    kept, database, lock, log, below=below, wall=wall, accept_loss=accept_loss
-                )
-                failed = False
-            finally:
-                if failed:
-                    await database.close()
+            store = await cls._open(
+                kept, database, lock, log, below=below, wall=wall, accept_loss=accept_loss
+            )
             undo.pop_all()
         store._start(group)
         return store
@@ -199,7 +193,7 @@ class Store:
         full = kept.synchronous is Synchronous.FULL
         durable = upkeep.durable if full else _at_once
         return cls(
-            locks=[lock],
+            lock=lock,
             database=database,
             journal=journal,
             ledger=ledger,
@@ -265,8 +259,7 @@ class Store:
         self._upkeep.close()
         self.journal.close()
         await self.database.close()
-        for lock in self._locks:
-            os.close(lock)
+        os.close(self._lock)
 
 
 async def _breathe() -> None:

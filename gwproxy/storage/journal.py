@@ -13,6 +13,7 @@ journal is lost until there is one.
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Final, Self
 from zlib import crc32
@@ -371,14 +372,18 @@ class Journal:
         """Remove the segments that hold nothing after `lsn`, never the active one, and files that
         were replaced. None when there is nothing to remove."""
         covered = min(lsn, self.synced)
-        done = sum(following.first_lsn <= covered + 1 for following in self._segments[1:])
-        dropped = sorted((*self._replaced, *self._segments[:done]), key=lambda one: one.number)
+        # The segment up to which all is on the disk stays: what continues it may yet be lost.
+        done = sum(
+            one.number < self._synced_at.segment and following.first_lsn <= covered + 1
+            for one, following in pairwise(self._segments)
+        )
+        kept = [one for one in self._replaced if one.number == self._synced_at.segment]
+        dropped = {*self._replaced, *self._segments[:done]}.difference(kept)
         if not dropped:
             return None
-        self._replaced, self._segments = [], self._segments[done:]
-        if self._synced_at.segment < self._segments[0].number:
-            self._synced_at = self._segments[0].start
-        return Drop(self._files, self.directory, tuple(dropped))
+        self._replaced, self._segments = kept, self._segments[done:]
+        oldest_first = tuple(sorted(dropped, key=lambda one: one.number))
+        return Drop(self._files, self.directory, oldest_first)
 
     def end_drop(self, drop: Drop, error: OSError | None) -> None:
         """What could not be removed counts as replaced: nobody reads it, and it is tried again."""
@@ -445,11 +450,6 @@ class Journal:
         assert spare is not None
         self._spare, self._no_spare = None, "there is no spare segment yet"
         kept = [one for one in self._segments if one.number <= after.segment]
-        while kept and after.segment == kept[-1].number and after.offset == HEADER_BYTES:
-            # Nothing of it is used, and so its header need not be on the disk.
-            kept.pop()
-            last = (kept[-1].number, kept[-1].length) if kept else (0, 0)
-            after = replace(after, segment=last[0], offset=last[1])
         chain, lines = after.chain, []
         for payload in payloads:
             chain = crc32(payload, chain)

@@ -20,7 +20,17 @@ from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 
-from gwproxy.core.ledger import Balance, Entry, Hold, Key, Request, State, Touched, apply
+from gwproxy.core.ledger import (
+    Balance,
+    BrokenLedger,
+    Entry,
+    Hold,
+    Key,
+    Request,
+    State,
+    Touched,
+    apply,
+)
 from gwproxy.core.period import DAY_MS, periods
 from gwproxy.core.records import (
     Adjust,
@@ -175,11 +185,10 @@ async def load_state(
         (since, "", 0),
     ):
         state.alerts.add((account, period, percent))
-    async for key, lsn, t in rows(
-        "SELECT key, lsn, t FROM idempotency WHERE key > ? ORDER BY key", ("",)
+    async for key, lsn in rows(
+        "SELECT key, lsn FROM idempotency WHERE key > ? ORDER BY key", ("",)
     ):
-        if t >= mark.t - LOADED_MS:
-            state.idempotency[key] = lsn
+        state.idempotency[key] = lsn
     async for provider, lsn, t, before, after, until, why in rows(
         "SELECT provider, lsn, t, before, after, until, why FROM breaker"
         " WHERE provider > ? ORDER BY provider",
@@ -505,7 +514,7 @@ def _diagnose(error: BaseException) -> _Fault:
     if isinstance(cause, sqlite3.Error | FileChanged | RolledBack):
         error = cause
     match error:
-        case FileChanged() | Mismatch() | Gap():
+        case FileChanged() | Mismatch() | Gap() | BrokenLedger():
             return _Fault(str(error), at_once=True, replace=True)
         case DatabaseDamaged():
             return _Fault("the file is damaged", at_once=True, damaged=True, replace=True)

@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 from zlib import crc32
@@ -120,6 +121,10 @@ class Scan:
         if not trail.segments:
             return trail.end, []
         synced_at = cursor = trail.find(max(self.synced, trail.segments[0].first_lsn - 1))
+        for before, segment in reversed([*pairwise(trail.segments)]):
+            if synced_at == segment.start:
+                # Nothing of that one is needed, and its header need not be on the disk.
+                synced_at = replace(synced_at, segment=before.number, offset=before.length)
         unsynced: list[bytes] = []
         while cursor.lsn < trail.end.lsn:
             payloads, cursor = trail.read(cursor, trail.end.lsn, CHUNK_BYTES)

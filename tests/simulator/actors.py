@@ -103,7 +103,7 @@ async def admin(life: "Life") -> None:
     assert life.store is not None
     random, store, world = life.random, life.store, life.world
     while True:
-        await pause(life, 6)
+        await pause(life, 3)
         what = random.random()
         try:
             if what < 0.35:
@@ -183,12 +183,14 @@ def _adjust(life: "Life", user_id: str) -> None:
 
 
 async def retention(life: "Life") -> None:
-    """Segments that the database has are removed."""
+    """Backups are made, and segments that the newest one and the database have are removed."""
     assert life.store is not None
-    journal, writer = life.store.journal, life.store.writer
+    journal, writer, file = life.store.journal, life.store.writer, life.world.file
     while True:
-        await pause(life, 10)
-        drop = journal.begin_drop(writer.applied)
+        await pause(life, 4)
+        if life.random.random() < 0.5 or not file.backups:
+            file.back_up()
+        drop = journal.begin_drop(file.covered(writer.applied))
         if drop is not None:
             await ticket(life, drop, journal.end_drop)
 
@@ -201,7 +203,7 @@ async def weather(life: "Life") -> None:
     random, world = life.random, life.world
     plan = world.plan
     while True:
-        await pause(life, 20)
+        await pause(life, 8)
         disk, file = world.disk.weather, world.file.weather
         if plan.disk_faults:
             if random.random() < 0.5:
@@ -221,9 +223,13 @@ async def weather(life: "Life") -> None:
             for name in ("busy", "io", "commit", "rollback"):
                 if random.random() < 0.4:
                     setattr(file, name, random.choice((0.05, 0.5, 1.0)))
+            if random.random() < 0.15 and not life.swapped:
+                life.swapped = True  # a second one within the hour is left to the operator
+                world.say("somebody swaps the database's file")
+                world.file.swap()
         life.loop.slow_threads = plan.slow and random.random() < 0.5
         world.say("weather:", vars(disk), vars(file))
-        await pause(life, 12)
+        await pause(life, 8)
         disk.clear()
         file.clear()
         life.loop.slow_threads = False
@@ -233,7 +239,7 @@ async def clock(life: "Life") -> None:
     """Wall clocks that leap, and nights that pass."""
     random, world = life.random, life.world
     while world.plan.clocks:
-        await pause(life, 30)
+        await pause(life, 12)
         if random.random() < 0.2:
             world.say("a long time passes")
             life.loop.now_s += random.choice((3600, 86400, 20 * 86400))
@@ -248,8 +254,8 @@ async def clock(life: "Life") -> None:
 
 
 async def client(life: "Life") -> None:
-    for _ in range(life.random.randint(1, 6)):
-        await pause(life, 8)
+    for _ in range(life.random.randint(2, 9)):
+        await pause(life, 2)
         await request(life)
 
 
@@ -400,7 +406,7 @@ async def relay(
     leaves_after = random.randrange(rest) if random.random() < 0.15 else None
     dies_after = random.randrange(rest) if random.random() < 0.1 else None
     while rest > 0:
-        await pause(life, 0.4)
+        await pause(life, 0.3)
         if leaves_after is not None and call.said >= leaves_after:
             call.ended = "left"
             raise asyncio.CancelledError("left")

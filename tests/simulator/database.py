@@ -6,11 +6,13 @@ backup are other images. Its calls are those that the gateway makes of `storage.
 
 import asyncio
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from random import Random
 from typing import Any, TypeVar
 
 from gwproxy.storage.database import FileChanged, _mapped, packaged, transaction
+from gwproxy.storage.ledger import Mark, Mismatch, mark_of
+from gwproxy.storage.segments import Gap
 from tests.simulator.loop import Killed, Loop
 
 T = TypeVar("T")
@@ -51,6 +53,34 @@ class DatabaseFile:
         """What somebody has done to the file."""
         self.weather = DatabaseWeather()
         self.faults = 0
+        self.foreign = False
+        """It is an older copy than it should be, and nobody has noticed."""
+        self.backups: list[bytes] = []
+        """Oldest first."""
+
+    def back_up(self) -> None:
+        if self.fault is None:
+            self.backups = [*self.backups, self.image][-3:]
+
+    def covered(self, applied_lsn: int) -> int:
+        """Up to which record both the newest backup and the database go."""
+        return min(applied_lsn, mark_in(self.backups[-1]).lsn) if self.backups else 0
+
+    def swap(self) -> None:
+        """Somebody puts an older copy in its place, while it is open."""
+        if self.backups:
+            self.image = self.random.choice(self.backups)
+            self.foreign = True
+            self.fault = "another file stands in its place"
+
+
+def mark_in(image: bytes) -> Mark:
+    connection = sqlite3.connect(":memory:")
+    try:
+        connection.deserialize(image)
+        return mark_of(connection)
+    finally:
+        connection.close()
 
 
 class _Connection:
@@ -119,9 +149,9 @@ class PlayedDatabase:
     def __init__(self, file: DatabaseFile, loop: Loop, point: Callable[[], None]) -> None:
         self.file = file
         self.alive = True
+        file.fault = None  # whatever stands there is taken
         self._loop = loop
         self._point = point
-        self._seen_fault = file.fault
         self._working = asyncio.Lock()
         self._real = self._connect()
 
@@ -147,6 +177,7 @@ class PlayedDatabase:
         """Where the file was swapped meanwhile the commit went into one that nobody will find."""
         if self.file.fault is None:
             self.file.image = self._real.serialize()
+            self.file.foreign = False
 
     def _connect(self) -> sqlite3.Connection:
         real = sqlite3.connect(":memory:", isolation_level=None)
@@ -182,7 +213,7 @@ class PlayedDatabase:
         self.enter()
 
     def fault(self) -> str | None:
-        return None if self.file.fault == self._seen_fault else self.file.fault
+        return self.file.fault
 
     async def reopen(self, *, check: bool = False) -> None:
         fault = self.fault()
@@ -191,6 +222,20 @@ class PlayedDatabase:
         async with self._working:
             self._real.close()
             self._real = self._connect()
+
+    async def rebuild(self, can_follow: Callable[[Mark], Awaitable[object]]) -> None:
+        """The newest backup that the journal can go on from takes the file's place."""
+        refused: Exception = FileChanged("there is no backup")
+        for image in reversed(self.file.backups):
+            try:
+                await can_follow(mark_in(image))
+            except (Gap, Mismatch) as error:
+                refused = error
+                continue
+            self.enter()
+            self.file.image, self.file.fault, self.file.foreign = image, None, False
+            return
+        raise refused
 
     async def close(self) -> None:
         self._real.close()

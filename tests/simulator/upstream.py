@@ -101,8 +101,12 @@ class Story:
     late: int = 0
     """What was posted afterwards, in nano-USD."""
 
-    def cost(self) -> int:
-        return sum(call.cost() for call in self.calls)
+    def bounds(self) -> tuple[int, int]:
+        """What the ledger may show for it. Where the budget ended in the middle, what came last is
+        not passed on; some of it may be charged."""
+        most = sum(call.cost() for call in self.calls)
+        least = sum(call.least() if call.ended == "cut" else call.cost() for call in self.calls)
+        return least, most
 
 
 class Upstream:

@@ -3,6 +3,7 @@ of them. All that happens follows from the seed.
 """
 
 import asyncio
+import os
 import sqlite3
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
@@ -72,7 +73,7 @@ class Plan:
             liar=random.random() < 0.08,
             clocks=random.random() < 0.3,
             segment_bytes=random.choice((24, 40, 64)) << 10,
-            most_segments=random.choice((3, 6, 20)),
+            most_segments=random.choice((4, 6, 20)),
         )
 
 
@@ -126,7 +127,7 @@ class Life:
         self.store: Store | None = None
         self.books: Books
         self.accounts: Accounts
-        self.clients_left = 0
+        self.swapped = False
 
     def end(self) -> None:
         self.files.alive = False
@@ -219,7 +220,7 @@ class World:
             while True:
                 if crashes:
                     early = self.random.random() < (0.7 if self.plan.at_boot else 0.1)
-                    self.until_crash = self.random.randint(1, 250 if early else 4000)
+                    self.until_crash = self.random.randint(1, 250 if early else 6000)
                 else:
                     self.until_crash = None
                 outcome = self._live(last=not crashes)
@@ -229,6 +230,9 @@ class World:
                         return
                     self.disk.weather.clear()
                     self.file.weather.clear()
+                    if self.file.foreign:
+                        self.say("the operator restores the newest backup")
+                        self.file.image, self.file.foreign = self.file.backups[-1], False
                     continue
                 if outcome == "rest":
                     return
@@ -302,7 +306,7 @@ class World:
             store = await Store._open(
                 kept,
                 life.database,  # type: ignore[arg-type]
-                -1,
+                os.open(os.devnull, os.O_RDONLY),
                 log,
                 below=self.random.randrange,
                 wall=self.wall,
@@ -313,7 +317,7 @@ class World:
                 raise
             self.say("refused:", error)
             return "refused"
-        store._locks = []
+        store.writer._rebuild = life.database.rebuild
         life.store = store
         async with asyncio.TaskGroup() as group:
             store._start(group)
@@ -358,7 +362,7 @@ class World:
         """A start may fail while the disk or the database does; never for what a crash left."""
         if self.plan.liar:
             return True
-        return not (self.disk.weather.fine and self.file.weather.fine)
+        return not (self.disk.weather.fine and self.file.weather.fine) or self.file.foreign
 
     async def _guard(self, actor: Callable[[Life], Awaitable[None]], life: Life) -> None:
         try:
@@ -387,9 +391,11 @@ class World:
                 and store.journal.lost is None
                 and store.journal.synced == ledger.state.lsn == store.writer.applied
                 and not store.lost
+                and self.file.fault is None
             ):
                 return
-            drop = store.journal.begin_drop(store.writer.applied)
+            self.file.back_up()
+            drop = store.journal.begin_drop(self.file.covered(store.writer.applied))
             if drop is not None:
                 await actors.ticket(life, drop, store.journal.end_drop)
             await asyncio.sleep(1)
