@@ -147,11 +147,11 @@ def records_of(journal: Journal) -> list[AnyRecord]:
 
 
 def give_spare(journal: Journal) -> None:
-    """What the owner of a journal does in a thread."""
+    """What the owner of a journal does in a thread, where there is no spare any more."""
     spare = journal.begin_spare()
-    assert spare is not None
-    spare.run()
-    journal.end_spare(spare, None)
+    if spare is not None:
+        spare.run()
+        journal.end_spare(spare, None)
 
 
 def figures_of(state: State) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """The admin plane over real sockets, on a real database: who may, what is checked, what is kept."""
 
 import asyncio
+import io
 import random
-import sqlite3
+import shutil
+import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,16 +20,18 @@ from gwproxy.admin.auth import AdminAuth
 from gwproxy.admin.routes import Admin, routes
 from gwproxy.core.errors import (
     AccountSuspended,
-    AlreadyExists,
     GatewayError,
     InvalidApiKey,
     NotFound,
     StorageUnavailable,
 )
 from gwproxy.core.identity import KeyKind, Status, mint, well_formed
+from gwproxy.log import Log
 from gwproxy.state.directory import Directory
 from gwproxy.state.keyring import Keyring
-from gwproxy.storage.database import Database
+from gwproxy.state.store import Kept, Store, opened
+from tests.office import Disk
+from tests.scene import until
 
 ADMIN_KEY = "an-admin-key-of-more-than-32-characters"
 ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
@@ -60,7 +64,8 @@ def router(admin: Admin):
 @dataclass
 class Plane:
     client: TestClient
-    database: Database
+    store: Store
+    disk: Disk
     directory: Directory
     keyring: Keyring
     path: Path
@@ -82,26 +87,36 @@ class Plane:
 
 @pytest.fixture
 async def plane(tmp_path: Path) -> AsyncIterator[Plane]:
-    path = tmp_path / "gwproxy.db"
-    keyring = Keyring()
     seconds = [0.0]
-    async with await Database.open(path) as database:
-        directory = await Directory.open(
-            database, keyring, lambda: START + seconds[0], random.Random(1).randrange
-        )
+    disk = Disk()
+    async with opened(
+        at(tmp_path),
+        Log(io.StringIO(), "error"),
+        below=random.Random(1).randrange,
+        wall=lambda: START + seconds[0],
+        files=disk,
+    ) as store:
         auth = AdminAuth(ADMIN_KEY, lambda: seconds[0])
+        admin = Admin(store.directory, auth)
         async with (
-            RawTestServer(router(Admin(directory, auth)), handler_cancellation=True) as server,
+            RawTestServer(router(admin), handler_cancellation=True) as server,
             TestClient(server) as client,
         ):
-            yield Plane(client, database, directory, keyring, path, seconds)
+            path = tmp_path / "gwproxy.db"
+            yield Plane(client, store, disk, store.directory, store.keyring, path, seconds)
+
+
+def at(folder: Path) -> Kept:
+    return Kept(folder / "gwproxy.db", folder / "journal", segment_bytes=1 << 20)
 
 
 async def reopened(plane: Plane) -> Keyring:
-    """What a restart would know."""
-    keyring = Keyring()
-    await Directory.open(plane.database, keyring, lambda: START, random.Random(1).randrange)
-    return keyring
+    """What a start after a crash at this moment would know."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "state"
+        shutil.copytree(plane.path.parent, copy)
+        async with opened(at(copy), Log(io.StringIO(), "error"), files=Disk()) as store:
+            return store.keyring
 
 
 # -- users ---------------------------------------------------------------------------------------
@@ -426,7 +441,7 @@ async def test_a_key_is_shown_once_and_works_at_once(plane):
 async def test_a_key_is_nowhere_in_the_database(plane):
     keys = [(await make_key(plane))["api_key"] for _ in range(5)]
     await plane.call("DELETE", f"/admin/users/ann/api-keys/key_{keys[0][8:16]}")
-    await plane.directory.flush()
+    await plane.store.store_key_use()
     files = [plane.path, *plane.path.parent.glob("*-wal"), *plane.path.parent.glob("*-shm")]
     assert len(files) == 3
     stored = b"".join(file.read_bytes() for file in files)
@@ -744,47 +759,43 @@ def test_a_short_admin_key_is_refused():
 # -- storage that fails --------------------------------------------------------------------------
 
 
-async def test_a_change_that_cannot_be_stored_is_a_503_and_has_not_happened(plane):
-    with_lock = sqlite3.connect(plane.path, isolation_level=None)
-    with_lock.execute("BEGIN IMMEDIATE")
-    status, answer, headers = await plane.call("POST", "/admin/users", {"user_id": "ann"})
-    assert (status, answer["error"]["code"]) == (503, "storage_unavailable")
-    assert int(headers["Retry-After"]) > 0
-    assert (await plane.call("GET", "/admin/users/ann"))[0] == 404
-    with_lock.close()
+async def test_a_change_that_cannot_be_recorded_is_a_503_and_has_not_happened(plane):
+    with plane.disk.broken():
+        status, answer, headers = await plane.call("POST", "/admin/users", {"user_id": "ann"})
+        assert (status, answer["error"]["code"]) == (503, "storage_unavailable")
+        assert int(headers["Retry-After"]) > 0
+        assert (await plane.call("GET", "/admin/users/ann"))[0] == 404
     assert (await plane.call("POST", "/admin/users", {"user_id": "ann"}))[0] == 201
 
 
-async def test_a_revocation_holds_even_when_it_cannot_be_stored_and_is_stored_later(plane):
+async def test_a_revocation_holds_even_when_it_cannot_be_recorded_and_is_recorded_later(plane):
     created = await make_key(plane)
     path = f"/admin/users/ann/api-keys/{created['key_id']}"
-    with_lock = sqlite3.connect(plane.path, isolation_level=None)
-    with_lock.execute("BEGIN IMMEDIATE")
-    status, answer, _ = await plane.call("DELETE", path)
-    assert (status, answer["error"]["code"]) == (503, "storage_unavailable")
-    assert "In force at once" in answer["error"]["message"]
-    with pytest.raises(InvalidApiKey):
-        plane.authenticate(created["api_key"])
-    assert (await plane.call("DELETE", path))[0] == 503  # still owed
-    with_lock.close()
-    assert (await reopened(plane)).key(created["key_id"]).revoked_at is None
-    assert (await plane.call("DELETE", path))[0] == 204
+    with plane.disk.broken():
+        status, answer, _ = await plane.call("DELETE", path)
+        assert (status, answer["error"]["code"]) == (503, "storage_unavailable")
+        assert "In force at once" in answer["error"]["message"]
+        with pytest.raises(InvalidApiKey):
+            plane.authenticate(created["api_key"])
+        assert (await reopened(plane)).key(created["key_id"]).revoked_at is None
+    await until(lambda: plane.store.journal.room() > 0)  # a spare segment was used up meanwhile
+    assert (await plane.call("POST", "/admin/users", {"user_id": "bob"}))[0] == 201
     assert (await reopened(plane)).key(created["key_id"]).revoked_at == START
     assert (await plane.call("DELETE", path))[0] == 404
 
 
-async def test_what_is_owed_is_stored_before_the_next_change(plane):
+async def test_what_is_owed_is_recorded_before_the_next_change(plane):
     created = await make_key(plane)
-    with_lock = sqlite3.connect(plane.path, isolation_level=None)
-    with_lock.execute("BEGIN IMMEDIATE")
-    with pytest.raises(StorageUnavailable):
-        await plane.directory.set_user_status("ann", Status.SUSPENDED)
-    with pytest.raises(StorageUnavailable):
-        await plane.directory.set_user_status("ann", Status.ACTIVE)
-    with pytest.raises(AccountSuspended):
-        plane.authenticate(created["api_key"])  # what loosens holds only once it is stored
-    with_lock.close()
-    await plane.call("POST", "/admin/users", {"user_id": "bob"})
+    with plane.disk.broken():
+        with pytest.raises(StorageUnavailable):
+            await plane.directory.set_user_status("ann", Status.SUSPENDED)
+        with pytest.raises(StorageUnavailable):
+            await plane.directory.set_user_status("ann", Status.ACTIVE)
+        with pytest.raises(AccountSuspended):
+            # What loosens holds only once it is recorded.
+            plane.authenticate(created["api_key"])
+    await until(lambda: plane.store.journal.room() > 0)  # a spare segment was used up meanwhile
+    assert (await plane.call("POST", "/admin/users", {"user_id": "bob"}))[0] == 201
     assert (await reopened(plane)).user("ann").status is Status.SUSPENDED
 
 
@@ -818,17 +829,10 @@ async def test_changes_at_once_are_made_one_after_the_other(plane):
 async def test_the_last_use_survives_a_restart_once_it_is_flushed(plane):
     created = await make_key(plane)
     plane.authenticate(created["api_key"], START + 77.5)
-    await plane.directory.flush()
-    await plane.directory.flush()
+    await plane.store.store_key_use()  # too early: the database does not have the key yet
+    await until(lambda: plane.store.writer.applied == plane.store.ledger.state.lsn)
+    await plane.store.store_key_use()
+    await plane.store.store_key_use()
     assert (await reopened(plane)).last_used_at(created["key_id"]) == START + 77
     await plane.directory.revoke_key("ann", created["key_id"])
     assert (await reopened(plane)).last_used_at(created["key_id"]) == START + 77
-
-
-async def test_a_duplicate_that_only_the_database_knows_is_a_409_too(plane):
-    other = await Directory.open(
-        plane.database, Keyring(), lambda: START, random.Random(2).randrange
-    )
-    await other.create_user(user_id="ann")
-    with pytest.raises(AlreadyExists):
-        await plane.directory.create_user(user_id="ann")

@@ -97,7 +97,8 @@ async def limited(start_gateway: StartGateway, limit: str, more: str = DEAR) -> 
 
 def completed(results: list[Any]) -> int:
     return sum(
-        status == 200 and ("[DONE]" in text or '"choices"' in text[:20] or '"usage"' in text)
+        status == 200
+        and ("[DONE]" in text or '"choices"' in text[:20] or '"usage"' in text)
         and '"error"' not in text
         for status, text, _ in results
     )

@@ -20,10 +20,11 @@ from gwproxy.admin.routes import Admin, routes
 from gwproxy.cli.directory import add_commands
 from gwproxy.core.errors import GatewayError
 from gwproxy.core.identity import KeyKind, digest, mint, well_formed
-from gwproxy.state.directory import Directory
+from gwproxy.log import Log
 from gwproxy.state.keyring import Keyring
-from gwproxy.storage import directory as rows
+from gwproxy.state.store import Kept, opened
 from gwproxy.storage.database import Database
+from tests.office import Disk
 
 ADMIN_KEY = "an-admin-key-of-more-than-32-characters"
 KEY = mint(KeyKind.LIVE, random.Random(1).randrange)
@@ -38,6 +39,7 @@ flavour = "openai"
 base_url = "http://127.0.0.1:9/v1"
 [storage]
 path = "gwproxy.db"
+journal_segment_bytes = 1048576
 """
 
 
@@ -53,6 +55,10 @@ class Shell:
     @property
     def database(self) -> Path:
         return self.folder / "gwproxy.db"
+
+    @property
+    def kept(self) -> Kept:
+        return Kept(self.database, self.folder / "journal", segment_bytes=1 << 20)
 
     def configure(self, listen: str, admin: str = f'key = "{ADMIN_KEY}"') -> None:
         config = self.folder / "config.toml"
@@ -117,9 +123,8 @@ def front(admin: Admin, seen: list[tuple[str, str]]):
 @pytest.fixture(params=["tcp", "unix"])
 async def server(request, shell: Shell) -> AsyncIterator[list[tuple[str, str]]]:
     """A running server: it holds the database's lock. Gives the requests it has seen."""
-    async with await Database.open(shell.database) as database:
-        directory = await Directory.open(database, Keyring(), time.time, random.Random(2).randrange)
-        admin = Admin(directory, AdminAuth(ADMIN_KEY, time.monotonic))
+    async with opened(shell.kept, Log(io.StringIO(), "error"), files=Disk()) as store:
+        admin = Admin(store.directory, AdminAuth(ADMIN_KEY, time.monotonic))
         seen: list[tuple[str, str]] = []
         runner = web.ServerRunner(web.Server(front(admin, seen)))
         await runner.setup()
@@ -140,11 +145,8 @@ def restarted(shell: Shell) -> Keyring:
     """What a server that starts now would know."""
 
     async def read() -> Keyring:
-        keyring = Keyring()
-        async with await Database.open(shell.database) as database:
-            for row in await rows.load(database):
-                keyring.apply(row)
-        return keyring
+        async with opened(shell.kept, Log(io.StringIO(), "error"), files=Disk()) as store:
+            return store.keyring
 
     return asyncio.run(read())
 
@@ -201,14 +203,9 @@ def test_a_list_is_a_table_for_people(shell):
 
 def test_a_list_has_everybody_however_long_it_is(shell):
     async def fill() -> None:
-        async with (
-            await Database.open(shell.database) as database,
-            database.transaction() as connection,
-        ):
-            await connection.executemany(
-                "INSERT INTO user (user_id, org_id, created_at) VALUES (?, 'default', 1)",
-                [(f"user-{number:04}",) for number in range(2500)],
-            )
+        async with opened(shell.kept, Log(io.StringIO(), "error"), files=Disk()) as store:
+            for number in range(2500):
+                await store.directory.create_user(user_id=f"user-{number:04}")
 
     asyncio.run(fill())
     assert shell.run("users", "list", "--json") == 0

@@ -1085,7 +1085,7 @@ def test_after_a_power_cut_a_flipped_bit_cuts_the_journal_unless_it_was_synced(d
         good = max(lsn for lsn in range(25) if lsn == 0 or where[lsn] <= (number, place))
         if place < HEADER_BYTES:
             good = first[name].first_lsn - 1
-        if good < 12 or number == 1 and place < HEADER_BYTES:
+        if good < 12 or (number == 1 and place < HEADER_BYTES):
             with pytest.raises(Corrupt):
                 scan(disk, FOLDER, "boot-2", 0)
             outcomes.add("refused")

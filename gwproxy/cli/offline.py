@@ -1,6 +1,5 @@
 """The store, opened by a command while no server runs: under the same locks, by the same code."""
 
-import asyncio
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -8,6 +7,7 @@ from contextlib import asynccontextmanager
 from gwproxy.app import kept
 from gwproxy.config import Config
 from gwproxy.log import Log
+from gwproxy.state import store
 from gwproxy.state.store import Store
 
 
@@ -17,18 +17,7 @@ async def opened(config: Config, *, accept_loss: bool = False) -> AsyncIterator[
     log = Log(sys.stderr, "warning")
     log.start()
     try:
-        store = None
-        failure: BaseException | None = None
-        async with asyncio.TaskGroup() as group:
-            try:
-                store = await Store.open(kept(config), group, log, accept_loss=accept_loss)
-                yield store
-            except BaseException as error:
-                failure = error  # a group would wrap it
-            finally:
-                if store is not None:
-                    await store.close()
-        if failure is not None:
-            raise failure
+        async with store.opened(kept(config), log, accept_loss=accept_loss) as found:
+            yield found
     finally:
         log.stop()

@@ -39,6 +39,8 @@ _WATCHED = frozenset(
 )
 """Fields that may ask for more than tokens in and out; a body without them is not looked into."""
 
+_MAXIMUM = ("max_tokens", "max_completion_tokens")
+
 _DEEPEST = 254
 
 _CLIENT_TOOLS = frozenset({"function", "custom"})
@@ -104,6 +106,8 @@ class ChatRequest(msgspec.Struct, frozen=True):
         maximum of output tokens where `lowered` says one."""
         changed = {**self.body, "model": candidate.sent}
         if lowered is not None:
+            for field in _MAXIMUM:
+                changed.pop(field, None)  # null, or nothing would have been lowered
             changed[candidate.provider.max_tokens_field] = lowered
         if self.stream and not self.include_usage:
             options = changed.get("stream_options")

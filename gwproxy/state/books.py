@@ -281,7 +281,8 @@ class Books:
         if overrun:
             metrics.overruns.value += 1
         if spent:
-            self._alert(reservation)
+            # Where the settlement is owed, this comes after it.
+            self.ledger.must(lambda: self._alert(reservation))
 
     def _alert(self, reservation: Reservation) -> None:
         """Say, once per account and period, that most of a budget is spent."""

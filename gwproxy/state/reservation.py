@@ -309,9 +309,10 @@ class Reservation:
             return
         # The bound may be above what was really said by some hundred tokens: now they are counted.
         counted = self.meter.counted()
+        if self.mark < most:
+            # Also where it does not do: what is charged in the end was held, and nobody else's.
+            self._set_mark(hold, account, most, raising=True)
         if counted <= most:
-            if self.mark < most:
-                self._set_mark(hold, account, most, raising=True)
             return  # the watermark stays below the bound, so that the next event is asked for too
         self._fits = most  # what came last is not passed on, and not charged
         more = rate.worst_case(ask.prompt, scale(counted + step(0), factor))

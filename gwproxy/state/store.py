@@ -10,10 +10,10 @@ import enum
 import os
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from gwproxy.core.errors import StorageUnavailable
 from gwproxy.core.identity import Below
@@ -28,7 +28,7 @@ from gwproxy.state.upkeep import Upkeep
 from gwproxy.storage import directory as storage
 from gwproxy.storage import reports
 from gwproxy.storage.database import Database
-from gwproxy.storage.files import OS_FILES
+from gwproxy.storage.files import OS_FILES, Files
 from gwproxy.storage.journal import Journal
 from gwproxy.storage.ledger import Mark, Storage, Writer, begin_epoch, load_state, read_mark
 from gwproxy.storage.scan import Scan, boot_id, claim, scan
@@ -124,6 +124,7 @@ class Store:
         *,
         below: Below = secrets.randbelow,
         wall: Callable[[], float] = time.time,
+        files: Files = OS_FILES,
         accept_loss: bool = False,
     ) -> Self:
         """DatabaseRefused or JournalRefused, with the cure, where something is in the way.
@@ -136,7 +137,7 @@ class Store:
             lock = claim(kept.journal)
             undo.callback(os.close, lock)
             store = await cls._open(
-                kept, database, lock, log, below=below, wall=wall, accept_loss=accept_loss
+                kept, database, lock, log, files, below=below, wall=wall, accept_loss=accept_loss
             )
             undo.pop_all()
         store._start(group)
@@ -149,14 +150,15 @@ class Store:
         database: Database,
         lock: int,
         log: Log,
+        files: Files,
         *,
         below: Below,
         wall: Callable[[], float],
         accept_loss: bool,
     ) -> Self:
-        booted = boot_id(OS_FILES)
+        booted = boot_id(files)
         mark = await read_mark(database)
-        found = await asyncio.to_thread(scan, OS_FILES, kept.journal, booted, mark.lsn)
+        found = await asyncio.to_thread(scan, files, kept.journal, booted, mark.lsn)
         _check_pair(kept, found, mark, accept_loss)
         mark = await begin_epoch(database, found.ledger_id or secrets.token_hex(8), found.epoch)
 
@@ -171,7 +173,7 @@ class Store:
         replayed = _replay(kept, found, mark, state)
         journal = await asyncio.to_thread(
             Journal.start,
-            OS_FILES,
+            files,
             kept.journal,
             found,
             ledger_id=mark.ledger_id or "",
@@ -227,8 +229,8 @@ class Store:
         """Keep when each key was last used: no record, since losing it costs nothing."""
         uses = self.keyring.used_since_stored()
         if uses:
-            await storage.update_last_used(self.database, uses)
-            self.keyring.stored(uses)
+            if await storage.update_last_used(self.database, uses):
+                self.keyring.stored(uses)
 
     def _database_changed(self, state: Storage, cause: str) -> None:
         lost = state is Storage.LOST
@@ -260,6 +262,24 @@ class Store:
         self.journal.close()
         await self.database.close()
         os.close(self._lock)
+
+
+@contextlib.asynccontextmanager
+async def opened(kept: Kept, log: Log, **how: Any) -> AsyncIterator[Store]:
+    """A store with a task group of its own, for whoever has none: see `Store.open`."""
+    failure: BaseException | None = None
+    async with asyncio.TaskGroup() as group:
+        store = None
+        try:
+            store = await Store.open(kept, group, log, **how)
+            yield store
+        except BaseException as error:
+            failure = error  # the group would wrap it
+        finally:
+            if store is not None:
+                await store.close()
+    if failure is not None:
+        raise failure
 
 
 async def _breathe() -> None:

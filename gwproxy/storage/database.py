@@ -554,13 +554,13 @@ async def _migrate(path: Path, connection: _Connection, migrations: Sequence[Mig
             raise DatabaseRefused(
                 f"{path}: belongs to another program (it has a table {tables[0][0]!r}). {_OWN_FILE}"
             )
+    if 0 < version < newest:
+        await _copy(path, connection, version)
     for migration in migrations:
         if migration.version <= version:
             continue
         if migration.version != version + 1:
             raise AssertionError(f"there is no migration between {version} and {migration.name}")
-        if version > 0:
-            await _copy(path, connection, version)
         try:
             # The version is set in the same transaction: a kill leaves the old schema or the new.
             await connection.executescript(

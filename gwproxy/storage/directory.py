@@ -18,7 +18,7 @@ from gwproxy.core.identity import (
     User,
 )
 from gwproxy.core.money import Nanos
-from gwproxy.storage.database import Database
+from gwproxy.storage.database import Database, FileChanged, RolledBack
 
 Row = Organization | User | ApiKey
 
@@ -69,10 +69,17 @@ def shown(row: Row) -> str:
     return _json(fields)
 
 
-async def update_last_used(database: Database, uses: list[tuple[str, int]]) -> None:
-    """Store (key_id, last used). Not a change that anybody made: versions stay."""
+async def update_last_used(database: Database, uses: list[tuple[str, int]]) -> bool:
+    """Store (key_id, last used); False when that could not be done for all of them just now.
+
+    Not a change that anybody made: versions stay.
+    """
     sql = "UPDATE api_key SET last_used_at = ?2 WHERE key_id = ?1"
-    await database.commit(lambda connection: connection.executemany(sql, uses))
+    try:
+        done = await database.commit(lambda connection: connection.executemany(sql, uses).rowcount)
+    except (sqlite3.Error, RolledBack, FileChanged):
+        return False  # whoever writes what counts will meet the same fault, and tell
+    return done == len(uses)
 
 
 # -- values into columns and back ----------------------------------------------------------------

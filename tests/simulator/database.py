@@ -59,7 +59,7 @@ class DatabaseFile:
         """Oldest first."""
 
     def back_up(self) -> None:
-        if self.fault is None:
+        if self.fault is None and not self.foreign:
             self.backups = [*self.backups, self.image][-3:]
 
     def covered(self, applied_lsn: int) -> int:
@@ -177,7 +177,6 @@ class PlayedDatabase:
         """Where the file was swapped meanwhile the commit went into one that nobody will find."""
         if self.file.fault is None:
             self.file.image = self._real.serialize()
-            self.file.foreign = False
 
     def _connect(self) -> sqlite3.Connection:
         real = sqlite3.connect(":memory:", isolation_level=None)

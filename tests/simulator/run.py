@@ -1,7 +1,6 @@
 """Seeds, one after the other or split over processes, and what is said of those that fail."""
 
 import argparse
-import gc
 import time
 import traceback
 from collections.abc import Iterable

@@ -456,6 +456,7 @@ class World:
         self.refused_keys &= {
             name for (noun, name), row in oracle.fold.rows.items() if row.get("revoked_at")
         }
+        self.file.foreign = False
         self.compared = -1
         self.cut = False
         self.floor = state.lsn if not self.plan.liar else 0
