@@ -157,6 +157,16 @@ class Disk:
         inode.disk.extend(bytes(len(inode.cache) - len(inode.disk)))
 
 
+class Worst(random.Random):
+    """Nothing that was not synced comes to the disk."""
+
+    def random(self) -> float:
+        return 1.0
+
+    def choice(self, options):
+        return options[-1]
+
+
 class Killed(BaseException):
     """The process ends here, in the middle of a call."""
 
@@ -609,7 +619,7 @@ def test_a_sync_moves_what_is_known_to_be_on_the_disk(files, disk, owner):
     owner.sync()
     assert owner.journal.synced == 40
     assert owner.journal.begin_sync() is None
-    disk.cut_power(random.Random(1))
+    disk.cut_power(Worst())
     owner.boot = "boot-2"
     owner.start()
     assert everything(owner.journal) == written + later
@@ -639,7 +649,7 @@ def test_after_a_failed_sync_everything_unsynced_is_written_anew_and_that_is_syn
     assert owner.journal.synced == 22
     synced = {fd for name, fd in files.calls if name == "fdatasync"}
     assert synced.isdisjoint(ticket.fds)
-    disk.cut_power(random.Random(1))
+    disk.cut_power(Worst())
     owner.boot = "boot-2"
     owner.start()
     assert everything(owner.journal) == written
@@ -725,7 +735,7 @@ def test_a_restart_does_not_take_the_second_sync_for_the_first(files, disk, owne
     disk.kill()
     owner.start()
     assert owner.journal.synced == 5
-    disk.cut_power(random.Random(1))
+    disk.cut_power(Worst())
     owner.boot = "boot-2"
     owner.start()
     assert everything(owner.journal) == written
@@ -857,6 +867,41 @@ def test_after_a_restart_the_records_begin_where_the_dropping_ended(files, disk,
     disk.kill()
     owner.start()
     assert everything(owner.journal, first - 1) == written[first - 1 :]
+
+
+def test_nothing_is_removed_before_what_continues_it_is_on_the_disk(disk, owner):
+    owner.write("x" * 3000)
+    owner.sync()
+    written = [owner.write("y" * 3000)]
+    assert owner.journal.end.segment == 2
+    owner.drop(1)  # covered, but the header of the next one is in the page cache alone
+    assert "0000000001.journal" in owner.segments()
+    disk.cut_power(Worst())
+    owner.boot = "boot-2"
+    owner.start()
+    assert owner.journal.next_lsn == 2
+    written = [owner.write("z")]
+    owner.sync()
+    owner.drop(1)
+    assert "0000000001.journal" not in owner.segments()
+    assert everything(owner.journal, 1) == written
+
+
+def test_a_start_continues_a_segment_whose_header_is_on_the_disk(files, disk, owner):
+    first = owner.write("x" * 3000)
+    owner.sync()
+    second = owner.write("y" * 3000)
+    files.faults["fdatasync"] = refuse(EIO)
+    ran(owner.journal.begin_sync())  # now the header of the second segment never gets there
+    files.faults.clear()
+    for _ in range(2):
+        disk.kill()
+        owner.start()
+        assert owner.journal.synced == 2
+    disk.cut_power(Worst())
+    owner.boot = "boot-2"
+    owner.start()
+    assert everything(owner.journal) == [first, second]
 
 
 def test_a_segment_that_is_missing_in_the_middle_stops_the_start(disk, owner):
@@ -1105,7 +1150,9 @@ def test_after_a_power_cut_a_flipped_bit_cuts_the_journal_unless_it_was_synced(d
         assert again.journal.next_lsn == good + 1
         # All that was set aside is still there, under another name.
         kept = b"".join(
-            bytes(inode.cache) for path, inode in sorted(copy.names.items()) if path.suffix == ".aside"
+            bytes(inode.cache)
+            for path, inode in sorted(copy.names.items())
+            if path.suffix == ".aside"
         )
         lost = disk.names[FOLDER / name].cache[found.cut.offset :].rstrip(b"\0")
         lost += b"".join(bytes(disk.names[FOLDER / n].cache) for n in first if n > name)
@@ -1393,6 +1440,45 @@ class Run:
         self.files.at.clear()
         self.restart(None)
         self.restart(1)
+
+
+EVENTFUL = [
+    *[("write", n) for n in (10, 900, 10, 900, 900, 700)],
+    *[
+        ("spare", 0),
+        ("begin sync", 0),
+        ("write", 900),
+        ("end sync", 0),
+        ("apply", 0),
+        ("write", 900),
+    ],
+    *[("write", 900), ("spare", 0), ("begin sync", 0), ("write", 10), ("end sync", 0), ("drop", 0)],
+    *[("write", 10), ("kill", 0), ("write", 10), ("apply", 0), ("begin sync", 0), ("end sync", 0)],
+    *[("write", 900), ("spare", 0), ("drop", 0), ("write", 10)],
+]
+
+
+@pytest.mark.parametrize("kind", ["refuse", "after", "half", "torn", "killed", "killed after"])
+def test_any_one_call_may_fail_or_be_the_last(kind):
+    calls = 0
+    for number in range(1, 1000):
+        run = Run()
+        before = len(run.files.calls)
+        run.arm(number, kind)
+        run.go(EVENTFUL)
+        if len(run.files.calls) < before + number:
+            break
+        calls = number
+    assert calls > 100
+
+
+def test_two_calls_in_a_row_may_fail_anywhere():
+    for number in range(1, 150):
+        for kind in ("refuse", "half"):
+            run = Run()
+            for later in range(2 + number % 3):
+                run.arm(number + later, kind)
+            run.go(EVENTFUL)
 
 
 FAULTS = ["refuse", "after", "half", "torn", "killed", "killed after"]

@@ -273,7 +273,7 @@ answers = st.one_of(
 )
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(answers)
 def test_a_ratio_is_the_fading_mean_and_stays_between_the_answers(
     answers: list[tuple[int, int]],

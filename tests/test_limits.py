@@ -170,7 +170,7 @@ actions = st.one_of(
 scripts = st.integers(1, 120).flatmap(lambda n: st.lists(actions, min_size=n, max_size=n))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(st.integers(1, 20), scripts)
 def test_never_more_than_the_limit_in_any_minute_and_never_long_too_few(
     limit: int, script: list[tuple[str, Any]]

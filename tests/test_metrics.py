@@ -50,7 +50,10 @@ CONTRACT = {
 FROM_THE_START = {
     *("gwproxy_overhead_seconds", "gwproxy_stream_gap_seconds", "gwproxy_streams_open"),
     *("gwproxy_holds_open", "gwproxy_auth_failures_total", "gwproxy_tokenizer_fallback"),
-    *("gwproxy_loop_stall_seconds", "gwproxy_build_info"),
+    *("gwproxy_loop_stall_seconds", "gwproxy_build_info", "gwproxy_held_usd"),
+    *("gwproxy_hold_oldest_seconds", "gwproxy_overruns_total", "gwproxy_storage_state"),
+    *("gwproxy_journal_state", "gwproxy_journal_bytes", "gwproxy_ledger_queue"),
+    *("gwproxy_ledger_commit_seconds",),
 }
 KINDS = {"total": "counter", "seconds": "histogram"}
 
@@ -97,9 +100,12 @@ def used() -> Metrics:
     metrics.settled("openai", "gpt-4o", "provider", (5, 1, 2, 7, 3), 0.25)
     metrics.settlement("completed").value += 1
     metrics.fallback("openai", "gemini", "status_5xx").value += 1
+    metrics.quota_refusal("user").value += 1
+    metrics.budget_alert("org", 80).value += 1
     metrics.overhead.observe(0.0002)
     metrics.stream_gap.observe(0.3)
     metrics.loop_stall.observe(0.0)
+    metrics.ledger_commit.observe(0.002)
     return metrics
 
 

@@ -459,7 +459,7 @@ class Judge:
         )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(
     st.tuples(*[st.tuples(figures, figures, figures)] * 3),
     scripts(actions, 100),

@@ -182,12 +182,12 @@ class Journal:
                 f"{directory}: belongs to ledger {scan.ledger_id}, the database to {ledger_id}. "
                 "Set [storage] path and journal to two that belong together."
             )
-        end = scan.trail.end
-        synced_at, unsynced = scan.unsynced()
-        if applied_lsn > end.lsn:
-            chain = end.chain if applied_chain is None else applied_chain
-            synced_at, unsynced = replace(end, lsn=applied_lsn, chain=chain), []
         try:
+            end = scan.trail.end
+            synced_at, unsynced = scan.unsynced()
+            if applied_lsn > end.lsn:
+                chain = end.chain if applied_chain is None else applied_chain
+                synced_at, unsynced = replace(end, lsn=applied_lsn, chain=chain), []
             journal = cls(
                 files,
                 directory,

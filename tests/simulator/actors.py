@@ -242,7 +242,9 @@ async def clock(life: "Life") -> None:
         await pause(life, 12)
         if random.random() < 0.2:
             world.say("a long time passes")
-            life.loop.now_s += random.choice((3600, 86400, 20 * 86400))
+            asleep_s = random.choice((3600, 86400, 20 * 86400))
+            life.loop.now_s += asleep_s
+            world.jumped_s += asleep_s
         else:
             world.skew_s = random.choice((90_000.0, -600.0, -90_000.0, 40 * 86400.0, 30.0))
             world.say("the wall clock is off by", world.skew_s)
@@ -292,6 +294,8 @@ async def request(life: "Life") -> None:
     trace = Trace(f"req-{world.serial}", world.true_s())
     try:
         quote = await life.books.quote(principal, chat, chain)
+        if world.defect == "forward-before-record":
+            world.upstream.send(trace.request_id, models[0], 0).fate = "refused"
         await pause(life, 0.05)
         async with life.books.reserve(principal, quote, trace) as reservation:
             await converse(life, reservation, trace, prompt_of(messages, words))
@@ -330,6 +334,10 @@ async def converse(
             continue
         reservation.sent()
         world.point()
+        recorded = world.oracle.fold.open.get(reservation.lsn)
+        check(recorded is not None, trace.request_id, "is sent, and not recorded")
+        assert recorded is not None
+        check(recorded.provider == candidate.provider.name, "an attempt that is not recorded")
         call = world.upstream.send(trace.request_id, model, prompt)
         world.say(trace.request_id, "goes to", model)
         await pause(life, 1)
@@ -427,6 +435,11 @@ async def relay(
                 reservation.outcome = Outcome.CUT if quota else Outcome.TRUNCATED
                 return
         call.relayed = call.said
+        recorded = life.world.oracle.fold.open[reservation.lsn]
+        story = life.world.upstream.story(call.request_id)
+        if not recorded.hidden:
+            least = sum(each.least() for each in story.calls)
+            check(least <= recorded.if_orphaned(), call, "is above its watermark", recorded)
     if random.random() < 0.85:
         meter.observe({"choices": [], "usage": _usage(life, call)})
     call.ended = "finished"

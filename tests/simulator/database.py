@@ -107,12 +107,17 @@ class _Connection:
             return self._commit()
         else:
             self._trouble()
-        return self._real.execute(sql, parameters)
+        return self._done(self._real.execute(sql, parameters))
 
     def executemany(self, sql: str, rows: Any) -> sqlite3.Cursor:
         self._owner.enter()
         self._trouble()
-        return self._real.executemany(sql, rows)
+        return self._done(self._real.executemany(sql, rows))
+
+    def _done(self, cursor: sqlite3.Cursor) -> sqlite3.Cursor:
+        if cursor.rowcount > 0 and not self._real.in_transaction:
+            self._owner.committed()  # outside a transaction each statement is one
+        return cursor
 
     def _trouble(self) -> None:
         owner = self._owner

@@ -13,6 +13,9 @@ from tests.simulator.upstream import Upstream
 
 Key = tuple[str, str]
 
+KEPT_MS = 60 * 86_400_000
+"""Memory may forget the keys of older requests."""
+
 
 class Wrong(Exception):
     """A promise that was not kept."""
@@ -76,10 +79,8 @@ class Fold:
     open: dict[int, Open] = field(default_factory=dict)
     ended: dict[int, Ended] = field(default_factory=dict)
     rows: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
-    entries: dict[Key, int] = field(default_factory=dict)
-    """Sums of what a line of an account should be there for."""
-    keys: dict[str, int] = field(default_factory=dict)
-    """Idempotency keys and the records that they led to."""
+    keys: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Idempotency keys: the records that they led to, and when."""
 
     def of(self, account: str, period: str) -> Sums:
         return self.sums.setdefault((account, period), Sums())
@@ -136,7 +137,7 @@ class Fold:
                     self.rows[noun, row[name]] = row
         if record.get("idempotency_key") is not None:
             check(record["idempotency_key"] not in self.keys, "an idempotency key was used twice")
-            self.keys[record["idempotency_key"]] = lsn
+            self.keys[record["idempotency_key"]] = (lsn, record["t"])
         self.lsn, self.t = lsn, record["t"]
 
     def _opened(self, record: dict[str, Any]) -> Open:
@@ -280,7 +281,7 @@ class Oracle:
         lowered = self.in_force.get(account)
         return recorded if lowered is None else lowered
 
-    def compare(self, lsn: int, t: int, balances: Any, holds: Any) -> None:
+    def compare(self, lsn: int, t: int, balances: Any, holds: Any, keys: Any) -> None:
         """Memory says what follows from the records."""
         check((lsn, t) == (self.fold.lsn, self.fold.t), "memory is at", lsn, "records", self.fold.lsn)
         ours = {key: sums.figures() for key, sums in self.fold.sums.items() if any(sums.figures())}
@@ -293,6 +294,10 @@ class Oracle:
             == {r: hold.recovered_cost() for r, hold in holds.items()},
             "memory and records differ in what is open",
         )
+        recent = {
+            key: number for key, (number, at) in self.fold.keys.items() if at > t - KEPT_MS
+        }
+        check(recent.items() <= keys.items(), "an idempotency key was forgotten")
 
     # -- after a crash -----------------------------------------------------------------------------
 

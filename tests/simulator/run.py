@@ -17,13 +17,15 @@ class Failure:
     trace: str
 
 
-def run_seed(seed: int) -> Failure | None:
-    world = World(seed)
+def run_seed(seed: int, defect: str | None = None) -> Failure | None:
+    world = World(seed, defect)
     try:
         world.run()
     except Wrong as wrong:
         return Failure(seed, str(wrong), "\n".join(world.trace))
     except Exception as error:
+        while isinstance(error, ExceptionGroup):
+            error = error.exceptions[0]
         words = "".join(traceback.format_exception(error))
         return Failure(seed, f"{type(error).__name__}: {error}", "\n".join([*world.trace, words]))
     return None
@@ -40,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.monotonic()
     failed = 0
     for seed in seeds:
-        failure = run_seed(seed)
+        failure = run_seed(seed, options.defect)
         if failure is not None:
             failed += 1
             print(f"seed {seed}: {failure.reason}")

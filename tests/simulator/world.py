@@ -3,6 +3,7 @@ of them. All that happens follows from the seed.
 """
 
 import asyncio
+import json
 import os
 import sqlite3
 from collections import deque
@@ -15,7 +16,9 @@ from random import Random
 from typing import Any, Final
 
 import gwproxy.state.store as real_store
+from gwproxy.core.errors import StorageUnavailable
 from gwproxy.core.learned import OutputLengths
+from gwproxy.core.ledger import State
 from gwproxy.core.pricing import PriceBook
 from gwproxy.metrics import Metrics
 from gwproxy.state.accounts import Accounts, Terms
@@ -29,6 +32,7 @@ from gwproxy.storage.segments import CHUNK_BYTES, JournalRefused
 from gwproxy.storage.verify import findings
 from tests.simulator import actors
 from tests.simulator.database import DatabaseFile, PlayedDatabase, empty
+from tests.simulator.defects import planted
 from tests.simulator.disk import Disk, DiskFiles
 from tests.simulator.loop import Killed, Loop
 from tests.simulator.oracle import Oracle, Wrong, check
@@ -37,6 +41,11 @@ from tests.simulator.upstream import TARIFFS, Upstream
 JOURNAL: Final = Path("/journal")
 REST_S: Final = 300
 """A ledger that nobody uses and nothing ails has come to rest after so long."""
+
+STALE_S: Final = 8.0
+"""A sync begins within a second, is given five, and is looked at four times a second."""
+
+BELIEVED_S: Final = 301.0
 
 NEW_DATABASE: Final = lru_cache(maxsize=1)(empty)
 
@@ -140,8 +149,9 @@ class Life:
 
 
 class World:
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, defect: str | None = None) -> None:
         self.seed = seed
+        self.defect = defect
         self.random = Random(seed)
         self.plan = Plan.draw(self.random)
         self.trace: deque[str] = deque(maxlen=60)
@@ -154,6 +164,8 @@ class World:
         self.now_s = 1000.0
         self.true_at_0 = MONTH_ENDS - 1000 - self.random.choice((10, 60, 86400 - 30, 500000))
         self.skew_s = 0.0
+        self.jumped_s = 0.0
+        """How much of the time that passed was slept through in one go."""
         self.until_crash: int | None = None
         self.life: Life | None = None
         self.wrong: BaseException | None = None
@@ -168,6 +180,9 @@ class World:
         self.compared = -1
         self.keys: dict[str, tuple[str, str]] = {}
         """Keys of the gateway by their names: id and text."""
+        self.written_at: deque[tuple[int, float]] = deque()
+        """When each record that is not synced was written."""
+        self.synced_at = 0.0
         self.refused_keys: set[str] = set()
         """Ids of keys whose revocation was told to be in force."""
         if self.plan.liar:
@@ -215,7 +230,7 @@ class World:
 
     def run(self) -> None:
         """Wrong, or whatever the gateway raised where nothing should be."""
-        with _patched(self):
+        with planted(self.defect), _patched(self):
             crashes = self.plan.crashes
             while True:
                 if crashes:
@@ -250,7 +265,6 @@ class World:
         life = self.life = Life(self)
         self.skew_s = 0.0
         loop = life.loop
-        real_store.OS_FILES = life.files  # type: ignore[misc]
         main = asyncio.Task(self._main(life, last), loop=loop)
         outcome = "crashed"
         try:
@@ -282,10 +296,12 @@ class World:
         if not life.files.alive:
             raise Killed
         if life.journal is not None:
-            self.floor = max(self.floor, life.journal.synced)
+            if life.journal.synced > self.floor:
+                self.floor = life.journal.synced
+                self.synced_at = life.loop.now_s - self.jumped_s
         if life.ledger is not None and self.oracle.fold.lsn != self.compared:
             state = life.ledger.state
-            self.oracle.compare(state.lsn, state.t, state.balances, state.holds)
+            self._compare(state)
             self.compared = self.oracle.fold.lsn
 
     # -- a life ------------------------------------------------------------------------------------
@@ -308,12 +324,13 @@ class World:
                 life.database,  # type: ignore[arg-type]
                 os.open(os.devnull, os.O_RDONLY),
                 log,
+                life.files,
                 below=self.random.randrange,
                 wall=self.wall,
                 accept_loss=False,
             )
-        except (JournalRefused, DatabaseRefused, OSError, Exception) as error:
-            if isinstance(error, Wrong) or not self._may_refuse(error):
+        except (JournalRefused, DatabaseRefused, StorageUnavailable, OSError) as error:
+            if not self._may_refuse():
                 raise
             self.say("refused:", error)
             return "refused"
@@ -358,7 +375,7 @@ class World:
             return "rest"
         return "stopped"
 
-    def _may_refuse(self, error: BaseException) -> bool:
+    def _may_refuse(self) -> bool:
         """A start may fail while the disk or the database does; never for what a crash left."""
         if self.plan.liar:
             return True
@@ -438,7 +455,32 @@ class World:
         ended = {r: (each.outcome, each.cost) for r, each in fold.ended.items()}
         check(requests == ended, "the database's requests differ")
 
+    def _compare(self, state: State) -> None:
+        self.oracle.compare(state.lsn, state.t, state.balances, state.holds, state.idempotency)
+
     # -- hooks -------------------------------------------------------------------------------------
+
+    def heard(self, life: Life, payload: bytes) -> None:
+        """What has to be true at the moment at which a record is written."""
+        loop, journal = life.loop, life.journal
+        if journal is None:
+            return
+        written, now_s = self.written_at, loop.now_s - self.jumped_s
+        while written and written[0][0] <= journal.synced:
+            written.popleft()
+        if payload.startswith(b'{"k":"reserve"'):
+            check(life.ledger is not None and not life.ledger.owes, "let in before what is owed")
+            since = max(written[0][1], self.synced_at) if written else now_s
+            check(now_s - since < STALE_S, f"let in after {now_s - since:.1f} s without a sync")
+        lsn = journal.next_lsn - 1
+        written.append((lsn, now_s))
+        leads_s = json.loads(payload)["t"] / 1000 - self.true_s()
+        check(leads_s < BELIEVED_S, f"ledger time is {leads_s:.0f} s ahead of the world's")
+
+    @property
+    def troubled(self) -> bool:
+        """Something other than crashes has happened to the disk."""
+        return bool(self.plan.disk_faults or self.plan.slow)
 
     def stands(self, ledger: Ledger) -> None:
         """The start has put the state together: is anything missing that had to last?"""
@@ -456,13 +498,14 @@ class World:
         self.refused_keys &= {
             name for (noun, name), row in oracle.fold.rows.items() if row.get("revoked_at")
         }
+        self.written_at.clear()
         self.file.foreign = False
         self.compared = -1
         self.cut = False
         self.floor = state.lsn if not self.plan.liar else 0
         life.journal = ledger.journal
         life.ledger = ledger
-        oracle.compare(state.lsn, state.t, state.balances, state.holds)
+        self._compare(state)
         self.say("stands at", state.lsn, "of", len(before))
 
     def _read_again(self, journal: Journal) -> None:
@@ -501,14 +544,16 @@ OVERRIDES: Final[dict[str, dict[str, object]]] = {
 def _patched(world: World) -> Iterator[None]:
     """The seams that the gateway has no argument for, and the oracle's ears."""
     write, recover = Journal.write, Ledger.recover
-    kept = {name: getattr(real_store, name) for name in ("OS_FILES", "time", "secrets")}
+    kept = {name: getattr(real_store, name) for name in ("time", "secrets")}
 
     def listening(journal: Journal, payload: bytes) -> None:
         oracle, life = world.oracle, world.life
         oracle.tried.setdefault(journal.next_lsn, []).append(payload)
         try:
             write(journal, payload)
-        except NotWritten:
+        except NotWritten as error:
+            if payload.startswith(b'{"k":"settle"') and not world.troubled:
+                world.wrong = world.wrong or Wrong(f"no room for a settlement: {error}")
             raise
         except OutcomeUnknown:
             _heard(payload, certain=False)
@@ -521,6 +566,7 @@ def _patched(world: World) -> Iterator[None]:
         assert life is not None
         world.trace.append(f"  {'' if certain else '? '}{payload.decode()[:240]}")
         try:
+            world.heard(life, payload)
             world.oracle.wrote(payload, certain=certain, degraded=life.lost)
         except Wrong as wrong:
             world.wrong = world.wrong or wrong

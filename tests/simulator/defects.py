@@ -1,0 +1,517 @@
+"""Rules of the ledger, each left out on purpose. A simulator that does not notice is worth nothing.
+
+Every defect is a patch of the real modules for one run, or a switch of an actor (`World.defect`).
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Final
+from unittest.mock import patch
+
+import msgspec
+
+import gwproxy.core.ledger as core
+import gwproxy.state.books as books
+import gwproxy.state.ledger as ledger
+import gwproxy.state.store as store
+import gwproxy.state.upkeep as upkeep
+import gwproxy.storage.database as real
+import gwproxy.storage.journal as journal
+import gwproxy.storage.ledger as tables
+import gwproxy.storage.scan as scan
+import gwproxy.storage.segments as segments
+from gwproxy.core.period import periods
+from gwproxy.core.records import Settle, encode
+from gwproxy.state.accounts import Accounts
+from gwproxy.state.directory import Directory
+from gwproxy.state.reservation import Outcome, Planned, Reservation
+from tests.simulator import database as played
+from tests.simulator.disk import DiskFiles
+
+Patch = Callable[[ExitStack], None]
+
+
+@dataclass(frozen=True)
+class Defect:
+    rule: str
+    """What is left out, in words."""
+    within: int
+    """So many seeds are enough to see it."""
+    plant: Patch
+
+
+DEFECTS: Final[dict[str, Defect]] = {}
+
+
+def defect(name: str, rule: str, within: int = 60) -> Callable[[Patch], Patch]:
+    def add(plant: Patch) -> Patch:
+        DEFECTS[name] = Defect(rule, within, plant)
+        return plant
+
+    return add
+
+
+@contextmanager
+def planted(name: str | None) -> Iterator[None]:
+    with ExitStack() as stack:
+        if name is not None:
+            DEFECTS[name].plant(stack)
+        yield
+
+
+def _instead(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
+    stack.enter_context(patch.object(owner, name, value))
+
+
+# -- admission -----------------------------------------------------------------------------------
+
+
+@defect("check-then-await", "nothing is awaited between check, hold and record")
+def _(stack: ExitStack) -> None:
+    fresh, seen = books.left, {}
+
+    def stale(state: Any, accounts: Any) -> int | None:
+        names = tuple((each.name, each.period) for each in accounts)
+        before = seen.get(names, fresh(state, accounts))
+        seen[names] = fresh(state, accounts)
+        return before
+
+    _instead(stack, books, "left", stale)
+
+
+@defect("forward-before-record", "no byte goes upstream before its reservation is recorded")
+def _(stack: ExitStack) -> None:
+    """An actor's: see `actors.request`."""
+
+
+@defect("attempt-not-recorded", "a later attempt is recorded before it is sent")
+def _(stack: ExitStack) -> None:
+    async def unrecorded(self: Reservation, planned: Planned, why: str) -> Planned:
+        return planned
+
+    _instead(stack, Reservation, "next", unrecorded)
+
+
+@defect("extension-unchecked", "a hold grows only where the budget has room")
+def _(stack: ExitStack) -> None:
+    _instead(stack, Reservation, "_room", lambda self, hold, provider=None: None)
+
+
+@defect("uncapped-outage", "an outage is paid from an account with a limit of its own")
+def _(stack: ExitStack) -> None:
+    of = Accounts.of
+    _instead(
+        stack,
+        Accounts,
+        "of",
+        lambda self, principal, organization, names, *, degraded=False: of(
+            self, principal, organization, names
+        ),
+    )
+
+
+@defect("room-not-kept", "settlements have room kept for them in the journal", 400)
+def _(stack: ExitStack) -> None:
+    def admit(self: ledger.Ledger) -> None:
+        if self._owed:
+            self.pay()
+        if self.journal.lost is not None:
+            raise ledger.NotRecorded("no")
+
+    _instead(stack, ledger.Ledger, "admit", admit)
+    _instead(stack, journal, "LEAST_ROOM_BYTES", 0)
+
+
+@defect("owed-later", "what is owed is recorded before anything new is let in")
+def _(stack: ExitStack) -> None:
+    def admit(self: ledger.Ledger) -> None:
+        if self.journal.lost is not None:
+            raise ledger.NotRecorded("no")
+
+    _instead(stack, ledger.Ledger, "admit", admit)
+
+
+@defect("stall-not-noticed", "a sync that takes too long makes the journal lost")
+def _(stack: ExitStack) -> None:
+    _instead(stack, upkeep, "STALLED_AFTER_S", 1e9)
+
+
+@defect("leap-believed", "a wall clock that leaps is not believed at once")
+def _(stack: ExitStack) -> None:
+    _instead(stack, ledger, "JUMP_MS", 1 << 60)
+
+
+@defect("restriction-needs-its-record", "a restriction holds even when it cannot be recorded", 200)
+def _(stack: ExitStack) -> None:
+    record = Directory._record
+
+    async def obedient(self: Directory, action: str, decide: Any, **_: Any) -> Any:
+        return await record(self, action, decide)
+
+    _instead(stack, Directory, "_record", obedient)
+
+
+# -- settlement ----------------------------------------------------------------------------------
+
+
+@defect("settle-twice", "a reservation is settled exactly once")
+def _(stack: ExitStack) -> None:
+    once = Reservation._settle
+
+    def again(self: Reservation, outcome: Outcome) -> None:
+        once(self, outcome)
+        self._settled = False
+
+    _instead(stack, Reservation, "_settle", again)
+
+
+@defect("leaving-is-free", "a client that leaves pays for what it got")
+def _(stack: ExitStack) -> None:
+    settle = Reservation._settle
+
+    def generous(self: Reservation, outcome: Outcome) -> None:
+        if outcome is Outcome.CLIENT_LEFT:
+            self.refused()
+        settle(self, outcome)
+
+    _instead(stack, Reservation, "_settle", generous)
+
+
+@defect("room-released-unrecorded", "room is released when the settlement is recorded")
+def _(stack: ExitStack) -> None:
+    post = ledger.Ledger.post
+
+    def hasty(self: ledger.Ledger, record: Any) -> Any:
+        try:
+            return post(self, record)
+        except ledger.NotRecorded:
+            if isinstance(record, Settle):
+                return core.apply(self.state, record)
+            raise
+
+    _instead(stack, ledger.Ledger, "post", hasty)
+
+
+@defect("unknown-is-not-written", "a record of unknown outcome counts as written", 200)
+def _(stack: ExitStack) -> None:
+    def post(self: ledger.Ledger, record: Any) -> Any:
+        try:
+            self.journal.write(encode(record))
+        except (journal.NotWritten, journal.OutcomeUnknown) as error:
+            raise ledger.NotRecorded("no") from error
+        return core.apply(self.state, record)
+
+    _instead(stack, ledger.Ledger, "post", post)
+
+
+@defect("month-of-settlement", "a request belongs to the period in which it was reserved")
+def _(stack: ExitStack) -> None:
+    settle = core._settle
+
+    def late(state: core.State, record: Settle) -> core.Touched:
+        hold = state.holds.get(record.r)
+        if hold is not None:
+            month, day = periods(record.t)
+            moved = []
+            for held in hold.holds:
+                period = month if len(held.period) == 7 else day
+                state.balance((held.account, held.period)).held -= held.hold
+                state.balance((held.account, period)).held += held.hold
+                moved.append(msgspec.structs.replace(held, period=period))
+            hold.holds = tuple(moved)
+        return settle(state, record)
+
+    stack.enter_context(patch.dict(core._APPLY, {Settle: late}))  # type: ignore[arg-type]
+
+
+@defect("late-watermark", "a watermark is recorded before anything above it is relayed")
+def _(stack: ExitStack) -> None:
+    extend = Reservation.extend
+
+    def soon(self: Reservation) -> None:
+        loop = asyncio.get_running_loop()
+
+        def do() -> None:
+            if not self._settled:
+                try:
+                    extend(self)
+                except Exception:
+                    return
+
+        loop.call_later(0.2, do)
+
+    _instead(stack, Reservation, "extend", soon)
+
+
+# -- recovery ------------------------------------------------------------------------------------
+
+
+@defect("recovery-past-the-journal", "recovery's settlements are records like all others")
+def _(stack: ExitStack) -> None:
+    recover = ledger.Ledger.recover
+
+    def silent(self: ledger.Ledger) -> int:
+        with patch.object(
+            ledger.Ledger, "post", lambda self, record: core.apply(self.state, record)
+        ):
+            return recover(self)
+
+    _instead(stack, ledger.Ledger, "recover", silent)
+
+
+@defect("recovery-forgives", "what nobody settled is charged its watermark or its hold")
+def _(stack: ExitStack) -> None:
+    _instead(stack, core.Hold, "recovered_cost", lambda self: self.mark or 0)
+
+
+@defect("recovery-believes-hidden-marks", "what is out of sight is charged its hold", 200)
+def _(stack: ExitStack) -> None:
+    _instead(
+        stack,
+        core.Hold,
+        "recovered_cost",
+        lambda self: self.amount if self.mark is None else self.mark,
+    )
+    attempt = Reservation.attempt
+
+    def marked(self: Reservation, planned: Planned) -> Any:
+        meter = attempt(self, planned)
+        self.mark = 0
+        return meter
+
+    _instead(stack, Reservation, "attempt", marked)
+
+
+# -- the journal ---------------------------------------------------------------------------------
+
+
+@defect("fdatasync-tried-again", "a sync that failed is not tried again on that descriptor", 200)
+def _(stack: ExitStack) -> None:
+    end_sync = journal.Journal.end_sync
+
+    def trusting(self: journal.Journal, sync: Any, error: OSError | None) -> None:
+        if error is not None and sync is self._sync:
+            self._sync = None
+            self._syncs_running -= 1
+            return
+        end_sync(self, sync, error)
+
+    _instead(stack, journal.Journal, "end_sync", trusting)
+
+
+@defect("short-write-left", "what a failed write has left is cut off again", 100)
+def _(stack: ExitStack) -> None:
+    def leave(self: journal.Journal, payload: bytes, chain: int, why: str) -> None:
+        self._offset += 7  # as a write at the file's end would
+        raise journal.NotWritten(why)
+
+    _instead(stack, journal.Journal, "_take_back", leave)
+
+
+@defect("short-write-taken-for-whole", "a short write is no write", 100)
+def _(stack: ExitStack) -> None:
+    pwrite = DiskFiles.pwrite
+    _instead(
+        stack,
+        DiskFiles,
+        "pwrite",
+        lambda self, fd, data, offset: pwrite(self, fd, data, offset) and len(data),
+    )
+
+
+@defect("written-later", "a record is in the journal when it is acknowledged")
+def _(stack: ExitStack) -> None:
+    write = journal.Journal.write
+
+    def buffered(self: journal.Journal, payload: bytes) -> None:
+        files = self._files
+        self._files = _Buffered(files, self)  # type: ignore[assignment]
+        try:
+            write(self, payload)
+        finally:
+            self._files = files
+
+    _instead(stack, journal.Journal, "write", buffered)
+
+
+class _Buffered:
+    """Keeps what is written for a while, as a buffered file does."""
+
+    def __init__(self, files: Any, owner: Any) -> None:
+        self._files = files
+        self._loop = files._breathe.__self__
+
+    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
+        def flush() -> None:
+            if fd in self._files._open:
+                self._files.pwrite(fd, data, offset)
+
+        self._loop.call_later(0.05, flush)
+        return len(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._files, name)
+
+
+@defect("segment-dropped-early", "a segment stays until the database and a backup cover it", 100)
+def _(stack: ExitStack) -> None:
+    _instead(stack, played.DatabaseFile, "covered", lambda self, applied: 1 << 60)
+
+
+@defect("segment-dropped-without-backup", "a segment stays until a backup covers it", 300)
+def _(stack: ExitStack) -> None:
+    _instead(stack, played.DatabaseFile, "covered", lambda self, applied: applied)
+
+
+@defect("dropped-newest-first", "segments go the oldest first, each for good", 600)
+def _(stack: ExitStack) -> None:
+    def run(self: journal.Drop) -> None:
+        for segment in reversed(self.segments):
+            self.files.unlink(self.directory / segment.name)
+        self.done = len(self.segments)
+
+    _instead(stack, journal.Drop, "run", run)
+
+
+@defect("spare-name-not-synced", "a segment's name is on the disk before it is used", 100)
+def _(stack: ExitStack) -> None:
+    def run(self: journal.Spare) -> None:
+        self.fd = self.files.create(self.directory / segments.segment_name(self.number))
+        self.files.posix_fallocate(self.fd, 0, self.size)
+        self.files.fsync(self.fd)
+
+    _instead(stack, journal.Spare, "run", run)
+
+
+@defect("inherited-not-synced", "what was inherited is synced before it counts as synced", 600)
+def _(stack: ExitStack) -> None:
+    inherit = journal.inherit
+
+    def trusting(files: Any, directory: Any, found: Any) -> Any:
+        with patch.object(DiskFiles, "fsync", lambda self, fd: None):
+            return inherit(files, directory, found)
+
+    _instead(stack, journal, "inherit", trusting)
+
+
+@defect("chain-not-checked", "each record is checked against the one before it", 100)
+def _(stack: ExitStack) -> None:
+    def records(data: bytes, chain: int, most: int) -> tuple[list[bytes], int, int]:
+        payloads: list[bytes] = []
+        start = 0
+        while len(payloads) < most and (stop := data.find(b"\n", start)) >= 0:
+            try:
+                chain = int(data[start : start + 8], 16)
+            except ValueError:
+                break
+            payloads.append(data[start + 9 : stop])
+            start = stop + 1
+        return payloads, start, chain
+
+    _instead(stack, segments, "records", records)
+    _instead(stack, scan, "records", records)
+
+
+@defect("torn-tail-refused", "an unfinished last record was told to nobody, and is cut off", 200)
+def _(stack: ExitStack) -> None:
+    _instead(stack, scan, "_unfinished", lambda data, chain: False)
+
+
+@defect("damage-cut-off", "damage before the last synced record stops the start", 600)
+def _(stack: ExitStack) -> None:
+    _instead(stack, scan, "_unfinished", lambda data, chain: True)
+    _instead(stack, scan, "max", lambda *values: 0 if len(values) == 1 else max(*values))
+
+
+@defect("boot-id-ignored", "after a power cut what was not synced may be gone", 100)
+def _(stack: ExitStack) -> None:
+    _instead(stack, store, "boot_id", lambda files: "boot")
+
+
+@defect("number-used-again", "a number that the database has seen is not used again", 2000)
+def _(stack: ExitStack) -> None:
+    start = journal.Journal.start.__func__  # type: ignore[attr-defined]
+
+    def forgetful(cls: Any, files: Any, directory: Any, found: Any, **rest: Any) -> Any:
+        return start(cls, files, directory, found, **{**rest, "applied_lsn": 0})
+
+    _instead(stack, journal.Journal, "start", classmethod(forgetful))
+
+
+@defect("full-not-awaited", "in `full` nothing is sent before its record is on the disk", 200)
+def _(stack: ExitStack) -> None:
+    async def at_once(self: upkeep.Upkeep, lsn: int) -> None:
+        return
+
+    _instead(stack, upkeep.Upkeep, "durable", at_once)
+
+
+# -- the database --------------------------------------------------------------------------------
+
+
+@defect("commit-before-sync", "the database gets no record before it is on the disk", 1000)
+def _(stack: ExitStack) -> None:
+    init = tables.Writer.__init__
+
+    def hasty(self: tables.Writer, *args: Any, **named: Any) -> None:
+        async def at_once(lsn: int) -> None:
+            return
+
+        init(self, *args, **{**named, "synced": at_once})
+
+    _instead(stack, tables.Writer, "__init__", hasty)
+
+
+@defect("place-kept-after-a-fault", "after any fault the mark is read again", 200)
+def _(stack: ExitStack) -> None:
+    step = tables.Writer.step
+    _instead(stack, tables, "_ADVANCE", tables._ADVANCE.replace("applied_lsn = ? AND", "? >= 0 AND"))
+
+    async def stubborn(self: tables.Writer) -> int:
+        place = self._place
+        count = await step(self)
+        if self._place is None:
+            self._place = place
+        return count
+
+    _instead(stack, tables.Writer, "step", stubborn)
+
+
+@defect("half-a-batch-kept", "a batch is committed whole or not at all", 200)
+def _(stack: ExitStack) -> None:
+    def transaction(connection: Any, work: Any, check: Any) -> Any:
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            result = work(connection)
+            check()
+        except Exception:
+            if connection.in_transaction:
+                connection.execute("COMMIT")
+            raise
+        connection.execute("COMMIT")
+        return result
+
+    _instead(stack, played, "transaction", transaction)
+
+
+@defect("rollback-not-noticed", "a transaction that SQLite has ended by itself is noticed", 200)
+def _(stack: ExitStack) -> None:
+    for module in (real, tables):
+        _instead(stack, module, "assert_in_transaction", lambda connection: None)
+
+
+@defect("file-not-looked-at", "a file that was swapped is noticed before the next commit", 300)
+def _(stack: ExitStack) -> None:
+    _instead(stack, played.PlayedDatabase, "fault", lambda self: None)
+
+
+@defect("mark-not-compared", "a database goes on only where its mark is the journal's", 1000)
+def _(stack: ExitStack) -> None:
+    async def anywhere(self: tables.Writer, mark: tables.Mark) -> Any:
+        end = self._journal.end
+        return replace(end, lsn=mark.lsn) if mark.lsn > end.lsn else self._journal.find(mark.lsn)
+
+    _instead(stack, tables.Writer, "_find", anywhere)
+
