@@ -412,6 +412,8 @@ def kept(config: Config) -> Kept:
         Synchronous(storage.synchronous),
         storage.journal_segment_bytes,
         storage.journal_max_bytes,
+        storage.backup_every_h,
+        storage.keep_backups,
     )
 
 

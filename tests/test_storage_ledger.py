@@ -22,7 +22,18 @@ from gwproxy.storage import directory
 from gwproxy.storage.database import CHECKPOINT_BYTES, Database
 from gwproxy.storage.ledger import LOADED_MS, begin_epoch, load_state, read_mark
 from gwproxy.storage.verify import verify
-from tests.ledgers import DAY, MOVES, START, Place, catch_up, no_breath, play, tables
+from tests.ledgers import (
+    DAY,
+    MOVES,
+    START,
+    Place,
+    catch_up,
+    no_breath,
+    play,
+    settled,
+    tables,
+    truth,
+)
 
 moves = st.lists(
     st.tuples(st.sampled_from(MOVES), st.integers(0, 50), st.integers(0, 50)), max_size=60
@@ -103,24 +114,6 @@ async def test_any_history_in_any_batches_leads_to_the_same_rows(tmp_path_factor
 async def place(tmp_path):
     async with await Place(tmp_path).open() as place:
         yield place
-
-
-async def truth(place: Place, folder: Path) -> dict:
-    """The tables as one undisturbed run over the whole journal makes them."""
-    fresh = Place(folder)
-    fresh.database = await Database.open(fresh.path)
-    await begin_epoch(fresh.database, "ledger-1")
-    await catch_up(place.writer(fresh.database))
-    found = await tables(fresh.database)
-    await fresh.database.close()
-    return settled(found)
-
-
-def settled(found: dict) -> dict:
-    """Without what differs from file to file: when it was made, and how often it was opened."""
-    [meta] = found["meta"]
-    default = [row for row in found["organization"] if row[0] != "default"]
-    return found | {"meta": [(*meta[:2], *meta[3:])], "organization": default}
 
 
 async def assert_exact(place: Place, folder: Path) -> None:

@@ -17,6 +17,7 @@ FAMILIES: Final[Mapping[str, str]] = {
     "orgs": "directory",
     "keys": "directory",
     "prices": "prices",
+    "ledger": "ledger",
 }
 """Each command and the module of this package that has it, in the order of the help text."""
 

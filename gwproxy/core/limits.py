@@ -4,7 +4,6 @@ Pure: time comes in as an argument, in seconds of any clock; waits go out in sec
 """
 
 import math
-from dataclasses import dataclass
 from typing import Final, Literal
 
 import msgspec
@@ -18,8 +17,7 @@ SHARED_S: Final = 0.5
 a window to some 120 of them at any rate, and up to two a second are timed one by one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Limit:
+class Limit(msgspec.Struct, frozen=True):
     """What one key, or one user with all of its keys, may do. None means no limit."""
 
     scope: Literal["key", "user"]
@@ -30,16 +28,13 @@ class Limit:
 
 
 def limits_of(key: ApiKey, user: User) -> tuple[Limit, ...]:
-    """What limits a call with this key; empty for most keys, so that there is nothing to check."""
-    limits = (
-        Limit("key", key.key_id, key.rpm, key.tpm, key.max_parallel),
-        Limit("user", user.user_id, user.rpm, user.tpm, user.max_parallel),
-    )
-    return tuple(
-        each
-        for each in limits
-        if not (each.rpm is None and each.tpm is None and each.max_parallel is None)
-    )
+    """What limits a call with this key. Most have no limits and cost no object."""
+    limits: tuple[Limit, ...] = ()
+    if not (key.rpm is None and key.tpm is None and key.max_parallel is None):
+        limits += (Limit("key", key.key_id, key.rpm, key.tpm, key.max_parallel),)
+    if not (user.rpm is None and user.tpm is None and user.max_parallel is None):
+        limits += (Limit("user", user.user_id, user.rpm, user.tpm, user.max_parallel),)
+    return limits
 
 
 class Tally(msgspec.Struct, gc=False):

@@ -7,6 +7,7 @@ has been judged; nobody is served before what a process before left open has bee
 import asyncio
 import contextlib
 import enum
+import functools
 import os
 import secrets
 import time
@@ -27,6 +28,7 @@ from gwproxy.state.ledger import Clock, Ledger
 from gwproxy.state.upkeep import Upkeep
 from gwproxy.storage import directory as storage
 from gwproxy.storage import reports
+from gwproxy.storage.backup import BackupRefused, Backups
 from gwproxy.storage.database import Database
 from gwproxy.storage.files import OS_FILES, Files
 from gwproxy.storage.journal import Journal
@@ -37,6 +39,8 @@ from gwproxy.storage.segments import CHUNK_BYTES, Gap, JournalRefused
 CATCH_UP_S: Final = 10.0
 """On the way out the database gets so long to take what the journal has; the rest comes with the
 next start."""
+
+BACKUP_LOOK_S: Final = 60.0
 
 _PAGE: Final = 1000
 
@@ -57,6 +61,9 @@ class Kept:
     synchronous: Synchronous = Synchronous.NORMAL
     segment_bytes: int = 64 << 20
     max_bytes: int = 1 << 30
+    backup_every_h: int = 24
+    """0: only when the journal has grown so long that it has to be cut."""
+    keep_backups: int = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +91,7 @@ class Store:
         keyring: Keyring,
         directory: Directory,
         upkeep: Upkeep,
+        backups: Backups,
         clock: Clock,
         recovery: Recovery,
         durable: Callable[[int], Awaitable[None]],
@@ -99,6 +107,7 @@ class Store:
         self.recovery = recovery
         self.durable = durable
         self._upkeep = upkeep
+        self._backups = backups
         self._log = log
         self._stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -110,6 +119,7 @@ class Store:
             breathe=_breathe,
             now=time.monotonic,
             on_change=self._database_changed,
+            rebuild=functools.partial(backups.rebuild, database),
         )
         ledger.posted = self.writer.wake
 
@@ -202,6 +212,9 @@ class Store:
             keyring=keyring,
             directory=Directory(ledger, keyring, below, durable),
             upkeep=upkeep,
+            backups=Backups(
+                kept.journal, every_s=kept.backup_every_h * 3600, keep=kept.keep_backups
+            ),
             clock=clock,
             recovery=recovery,
             durable=durable,
@@ -212,6 +225,7 @@ class Store:
         self._tasks = [
             group.create_task(self._upkeep.run()),
             group.create_task(self.writer.run(self._stopping)),
+            group.create_task(self._keep_backups()),
         ]
 
     # -- while it runs -----------------------------------------------------------------------
@@ -228,9 +242,22 @@ class Store:
     async def store_key_use(self) -> None:
         """Keep when each key was last used: no record, since losing it costs nothing."""
         uses = self.keyring.used_since_stored()
-        if uses:
-            if await storage.update_last_used(self.database, uses):
-                self.keyring.stored(uses)
+        if uses and await storage.update_last_used(self.database, uses):
+            self.keyring.stored(uses)
+
+    async def _keep_backups(self) -> None:
+        """Back the database up when that is due, and let go of the journal that it covers."""
+        while True:
+            await asyncio.sleep(BACKUP_LOOK_S)
+            if self.lost or not self._backups.due(time.time(), self.journal.size_bytes()):
+                continue
+            try:
+                mark = await self._backups.make(self.database)
+            except BackupRefused as error:
+                self._log.event("error", "no backup", message=str(error))
+                continue
+            self._log.event("info", "backed up", lsn=mark.lsn)
+            await self._upkeep.drop(self._backups.covered(self.writer.applied))
 
     def _database_changed(self, state: Storage, cause: str) -> None:
         lost = state is Storage.LOST
@@ -244,7 +271,8 @@ class Store:
         if self._closed:
             return
         self._closed = True
-        upkeep, writing = self._tasks
+        upkeep, writing, backing_up = self._tasks
+        backing_up.cancel()
         with contextlib.suppress(StorageUnavailable, OSError):
             self.ledger.pay()
             self.ledger.post(Stop(**self.ledger.stamp()))
@@ -257,7 +285,7 @@ class Store:
         except TimeoutError:
             writing.cancel()
         upkeep.cancel()
-        await asyncio.wait((writing, upkeep))
+        await asyncio.wait((writing, upkeep, backing_up))
         self._upkeep.close()
         self.journal.close()
         await self.database.close()

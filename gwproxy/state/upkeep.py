@@ -71,6 +71,16 @@ class Upkeep:
             self._log.event("error", "journal sync failed", errno=error.errno)
             raise error
 
+    async def drop(self, lsn: int) -> None:
+        """Remove the segments that hold nothing after `lsn`."""
+        ticket = self._journal.begin_drop(lsn)
+        if ticket is None:
+            return
+        async with self._thread(ticket) as error:
+            self._journal.end_drop(ticket, error)
+            if error is not None:
+                self._log.event("error", "journal segment not removed", errno=error.errno)
+
     def close(self) -> None:
         for _, future in self._waiting:
             future.cancel()

@@ -46,17 +46,16 @@ async def backup_to(database: Database, file: Path) -> Mark:
 
 
 async def _backup(database: Database, unfinished: Path, name: Callable[[Mark], Path]) -> Mark:
-    # A connection of its own, that only reads: the writer's would be kept from writing.
-    connection = sqlite3.connect(
-        _uri(database.path, "mode=ro"), uri=True, isolation_level=None, check_same_thread=False
-    )
+    stopped = False
 
     def make() -> Mark:
         try:
-            with closing(connection):
-                # VACUUM INTO fills an empty file and keeps its mode.
-                unfinished.unlink(missing_ok=True)
-                os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            # VACUUM INTO fills an empty file and keeps its mode.
+            unfinished.unlink(missing_ok=True)
+            os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            # A connection of its own, that only reads: the writer's would be kept from writing.
+            with closing(_opened(database.path, "mode=ro")) as connection:
+                connection.set_progress_handler(lambda: stopped, _INTERRUPTIBLE_OPS)
                 connection.execute("VACUUM INTO ?", (str(unfinished),))
             mark = checked(unfinished)
             fault = database.fault()
@@ -74,16 +73,14 @@ async def _backup(database: Database, unfinished: Path, name: Callable[[Mark], P
 
     try:
         return await asyncio.to_thread(make)
-    except asyncio.CancelledError:
-        with suppress(sqlite3.ProgrammingError):  # closed by now
-            connection.interrupt()
-        raise
+    finally:
+        stopped = True  # of use only where this was cancelled
 
 
 def checked(file: Path) -> Mark:
     """Up to where a backup goes; BackupRefused when it is damaged or does not add up."""
     try:
-        with closing(_opened(file)) as connection:
+        with closing(_opened(file, _ALONE)) as connection:
             verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
             if verdict != "ok":
                 raise BackupRefused(f"{file}: damaged ({verdict}).")
@@ -177,7 +174,7 @@ class Backups:
     def newest(self) -> tuple[Path, Mark] | None:
         """The newest one and up to where it goes. It was found good when it was made."""
         for file in self._files():
-            with suppress(sqlite3.Error), closing(_opened(file)) as connection:
+            with suppress(sqlite3.Error), closing(_opened(file, _ALONE)) as connection:
                 return file, mark_of(connection)
         return None
 
@@ -212,13 +209,14 @@ class Backups:
 _ENDS: Final = ("", "-wal", "-shm")
 
 
-def _opened(file: Path) -> sqlite3.Connection:
-    # Nobody writes to it: SQLite need not lock it, nor put files of its own beside it.
-    return sqlite3.connect(_uri(file, "mode=ro&immutable=1"), uri=True, isolation_level=None)
+_ALONE: Final = "mode=ro&immutable=1"
+"""Nobody writes to it: SQLite need not lock it, nor put files of its own beside it."""
+
+_INTERRUPTIBLE_OPS: Final = 10_000
 
 
-def _uri(file: Path, how: str) -> str:
-    return f"file:{quote(str(file))}?{how}"
+def _opened(file: Path, how: str) -> sqlite3.Connection:
+    return sqlite3.connect(f"file:{quote(str(file))}?{how}", uri=True, isolation_level=None)
 
 
 def _to_disk(file: Path) -> None:

@@ -42,6 +42,10 @@ READERS: Final = 2
 READ_S: Final = 5.0
 """Bounds on reports: what reads for long keeps the log from being emptied."""
 
+_INTERRUPTIBLE_OPS: Final = 10_000
+"""A report looks up from its work after so many of SQLite's steps: several times in a
+millisecond."""
+
 _BUSY_TIMEOUT_MS: Final = (
     900  # below 1 s: whoever waits for us is told so before he gives up himself
 )
@@ -152,15 +156,32 @@ def assert_in_transaction(connection: sqlite3.Connection) -> None:
 class Reader:
     """One look at the database: all that is read through it is of one moment."""
 
-    def __init__(self, connection: _Connection, as_of_lsn: int) -> None:
-        self.as_of_lsn = as_of_lsn
+    def __init__(self, connection: _Connection) -> None:
+        self.as_of_lsn = 0
         """The last record that had reached the tables then."""
         self._connection = connection
+        self._over = False
 
     async def read(self, sql: str, parameters: Sequence[Any] = ()) -> list[sqlite3.Row]:
         """All rows: whoever may meet many asks for a page of them."""
         with _mapped():
             return await self._connection.run(lambda c: c.execute(sql, parameters).fetchall())
+
+    async def begin(self) -> None:
+        def begin(connection: sqlite3.Connection) -> int:
+            connection.set_progress_handler(lambda: self._over, _INTERRUPTIBLE_OPS)
+            connection.execute("BEGIN")
+            lsn: int = connection.execute("SELECT applied_lsn FROM meta").fetchone()[0]
+            return lsn
+
+        with _mapped():
+            self.as_of_lsn = await self._connection.run(begin)
+
+    async def end(self) -> None:
+        """What still runs is not waited for, nor is what has yet to begin: an interrupt would miss
+        that."""
+        self._over = True
+        await self._connection.close()
 
 
 class Database:
@@ -253,19 +274,17 @@ class Database:
                 raise _unavailable()
             with _mapped():
                 self._assert_unchanged()
-                connection = await _open_connection(self.path, "ro")
+                reader = Reader(await _open_connection(self.path, "ro"))
             try:
                 async with asyncio.timeout(within_s):
-                    with _mapped():
-                        as_of_lsn = await connection.run(_begin_reading)
-                    yield Reader(connection, as_of_lsn)
+                    await reader.begin()
+                    yield reader
             except TimeoutError as error:
                 raise _unavailable(
                     f"The report took longer than {within_s:g} s: ask for a shorter span of time."
                 ) from error
             finally:
-                await connection.interrupt()  # what still runs there is not waited for
-                await connection.close()
+                await reader.end()
         finally:
             self._readers -= 1
             self._places.release()
@@ -512,12 +531,6 @@ async def _open_connection(path: Path, mode: str) -> _Connection:
     await connection
     connection.row_factory = sqlite3.Row
     return connection
-
-
-def _begin_reading(connection: sqlite3.Connection) -> int:
-    connection.execute("BEGIN")
-    lsn: int = connection.execute("SELECT applied_lsn FROM meta").fetchone()[0]
-    return lsn
 
 
 async def _set_pragmas(path: Path, connection: _Connection) -> None:

@@ -101,10 +101,14 @@ class Mismatch(Exception):
     """The tables and the journal do not belong together."""
 
 
-class Store(Protocol):
-    """What the writer asks of a database: the real one, or one that is only played."""
+class Tables(Protocol):
+    """What is asked of a database by whoever only reads."""
 
     async def run(self, work: Callable[[sqlite3.Connection], T]) -> T: ...
+
+
+class Store(Tables, Protocol):
+    """What the writer asks of a database: the real one, or one that is only played."""
 
     async def commit(self, work: Callable[[sqlite3.Connection], T]) -> T: ...
 
@@ -125,7 +129,7 @@ def mark_of(connection: sqlite3.Connection) -> Mark:
     return Mark(*row)
 
 
-async def read_mark(database: Store) -> Mark:
+async def read_mark(database: Tables) -> Mark:
     return await database.run(mark_of)
 
 
@@ -149,7 +153,7 @@ async def begin_epoch(database: Store, new_ledger_id: str, seen_epoch: int = 0) 
 
 
 async def load_state(
-    database: Store,
+    database: Tables,
     *,
     breathe: Callable[[], Awaitable[None]],
     directory: Callable[[Admin], None] | None = None,
@@ -201,7 +205,7 @@ async def load_state(
     return state
 
 
-async def fetch_balance(database: Store, state: State, key: Key) -> None:
+async def fetch_balance(database: Tables, state: State, key: Key) -> None:
     """Load one balance that was too old to be loaded with the others, if it exists."""
     account, period = key
     found = await database.run(
@@ -220,7 +224,7 @@ def _since(t: int) -> str:
 
 
 async def _rows(
-    database: Store, breathe: Callable[[], Awaitable[None]], sql: str, after: tuple[Any, ...]
+    database: Tables, breathe: Callable[[], Awaitable[None]], sql: str, after: tuple[Any, ...]
 ) -> AsyncIterator[Sequence[Any]]:
     """The rows of `sql` after the key `after`, with which each row begins, a page at a time."""
     paged = f"{sql} LIMIT {_PAGE}"

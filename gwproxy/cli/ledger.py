@@ -1,0 +1,308 @@
+"""`gwproxy ledger`: is it right, how does an account stand, how did it stand, what would other
+prices have made of it. Nothing here changes anything but `accept-loss`.
+"""
+
+import argparse
+import asyncio
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+from gwproxy import assets
+from gwproxy.cli.offline import opened
+from gwproxy.config import Config, ConfigError, find_config, load
+from gwproxy.core.ledger import BrokenLedger, State, apply
+from gwproxy.core.money import format_usd
+from gwproxy.core.pricing import PriceBook
+from gwproxy.core.proof import differences, unlawful
+from gwproxy.core.records import AnyRecord, decode
+from gwproxy.core.routing import CATALOGUE
+from gwproxy.core.usage import Usage
+from gwproxy.storage import inspect, reports
+from gwproxy.storage.database import DatabaseRefused
+from gwproxy.storage.ledger import load_state
+from gwproxy.storage.scan import Scan
+from gwproxy.storage.segments import CHUNK_BYTES, JournalRefused
+from gwproxy.storage.verify import findings
+
+FINE: Final = 0
+FAILED: Final = 1
+WRONG_USAGE: Final = 2
+
+_PAGE: Final = 1000
+_MOST: Final = 20
+"""Faults that are shown: who has more needs the first ones."""
+
+
+def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--config", metavar="FILE", help="default: $GWPROXY_CONFIG, ./config.toml")
+    common.add_argument("--json", action="store_true", help="print JSON")
+    family = subparsers.add_parser(
+        "ledger", help="the ledger: verify, show, replay, rerate"
+    ).add_subparsers(metavar="COMMAND", required=True)
+
+    verify = family.add_parser(
+        "verify",
+        parents=[common],
+        help="prove that it adds up",
+        description="Makes each decision of the journal again, compares the balances with the sums "
+        "of their lines, and the journal with the database. Also while the server runs.",
+    )
+    verify.set_defaults(func=_runs(_verify))
+
+    show = family.add_parser("show", parents=[common], help="how accounts stand now")
+    show.add_argument("account", nargs="?", metavar="ACCOUNT", help='such as "user:alice"')
+    show.set_defaults(func=_runs(_show))
+
+    replay = family.add_parser("replay", parents=[common], help="how accounts stood at a moment")
+    replay.add_argument(
+        "--at", metavar="TIME", required=True, help='such as "2026-11-20T12:00:00Z"'
+    )
+    replay.add_argument("account", nargs="?", metavar="ACCOUNT", help='such as "user:alice"')
+    replay.set_defaults(func=_runs(_replay))
+
+    rerate = family.add_parser(
+        "rerate",
+        parents=[common],
+        help="what other prices would have made of a month",
+        description="Prices the recorded tokens anew. Changes nothing.",
+    )
+    rerate.add_argument(
+        "--prices",
+        metavar="FILE",
+        required=True,
+        help="a table made by `gwproxy prices build`, or `built-in` for the one that is shipped",
+    )
+    rerate.add_argument("--month", metavar="YYYY-MM", help="default: all that is there")
+    rerate.set_defaults(func=_runs(_rerate))
+
+    accept = family.add_parser(
+        "accept-loss",
+        parents=[common],
+        help="go on without a journal that is gone",
+        description="Begins a new journal behind the database. What only the lost journal knew "
+        "stays lost: the last requests and changes before it went.",
+    )
+    accept.set_defaults(func=_runs(_accept_loss))
+
+
+def _runs(
+    command: Callable[[argparse.Namespace, Config], int],
+) -> Callable[[argparse.Namespace], int]:
+    def run(args: argparse.Namespace) -> int:
+        try:
+            config = load(find_config(args.config, os.environ), os.environ, catalogue=CATALOGUE)
+            return command(args, config)
+        except ConfigError as error:
+            print(error, file=sys.stderr)
+            return WRONG_USAGE
+        except (DatabaseRefused, JournalRefused, BrokenLedger) as error:
+            print(error, file=sys.stderr)
+            return FAILED
+
+    return run
+
+
+# -- verify ----------------------------------------------------------------------------------------
+
+
+def _verify(args: argparse.Namespace, config: Config) -> int:
+    with inspect.tables(config.storage.path) as tables:
+        found = inspect.journal(config.storage.journal, tables.mark.lsn)
+        faults = [*_journal_faults(found, tables)]
+        faults += [str(each) for each in asyncio.run(tables.run(lambda c: [*findings(c)]))]
+        lsn = tables.mark.lsn
+    report = {
+        "ok": not faults,
+        "database_lsn": lsn,
+        "journal_lsn": found.trail.end.lsn,
+        "faults": faults,
+    }
+    if args.json:
+        print(orjson.dumps(report, option=orjson.OPT_INDENT_2).decode())
+    elif faults:
+        for fault in faults[:_MOST]:
+            print(fault, file=sys.stderr)
+        print(f"ledger verify: {len(faults)} faults", file=sys.stderr)
+    else:
+        print(
+            f"ledger verify: ok (journal up to record {found.trail.end.lsn}, database up to {lsn})"
+        )
+    return FAILED if faults else FINE
+
+
+def _journal_faults(found: Scan, tables: inspect.Tables) -> Iterator[str]:
+    """The records that the database does not have yet are checked against it; where the journal
+    goes back to its beginning, all of it is."""
+    trail = found.trail
+    if not trail.segments:
+        return
+    mark = tables.mark
+    stored = asyncio.run(load_state(tables, breathe=_breathe))
+    if trail.end.lsn < mark.lsn:
+        yield f"the database has record {mark.lsn}, the journal ends with {trail.end.lsn}"
+        return
+    from_the_start = trail.segments[0].first_lsn == 1
+    state = State() if from_the_start else stored
+    for record in _records(found, state.lsn):
+        if from_the_start and record.lsn == mark.lsn + 1:
+            yield from differences(state, stored)
+        yield from unlawful(state, record)
+        apply(state, record)
+    if from_the_start and state.lsn == mark.lsn:
+        yield from differences(state, stored)
+
+
+def _records(found: Scan, after_lsn: int) -> Iterator[AnyRecord]:
+    trail = found.trail
+    cursor = trail.find(after_lsn)
+    while cursor.lsn < trail.end.lsn:
+        payloads, cursor = trail.read(cursor, _PAGE, CHUNK_BYTES)
+        for payload in payloads:
+            yield decode(payload)
+
+
+async def _breathe() -> None:
+    """Nobody else waits for this process."""
+
+
+# -- show and replay -------------------------------------------------------------------------------
+
+
+def _show(args: argparse.Namespace, config: Config) -> int:
+    with inspect.tables(config.storage.path) as tables:
+        state = asyncio.run(load_state(tables, breathe=_breathe))
+        for record in _records(inspect.journal(config.storage.journal, tables.mark.lsn), state.lsn):
+            apply(state, record)
+    rows = [
+        _row(account, period, balance.spent, balance.credited, balance.count, balance.held)
+        for (account, period), balance in sorted(state.balances.items())
+        if args.account in (None, account)
+    ]
+    _print_rows(args, rows, {"as_of_lsn": state.lsn})
+    return FINE
+
+
+def _replay(args: argparse.Namespace, config: Config) -> int:
+    try:
+        at = datetime.fromisoformat(args.at)
+    except ValueError:
+        print(
+            f'--at: write a time such as "2026-11-20T12:00:00Z", not {args.at!r}', file=sys.stderr
+        )
+        return WRONG_USAGE
+    at_ms = int((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() * 1000)
+    with inspect.tables(config.storage.path) as tables:
+        stood = asyncio.run(tables.run(lambda c: reports.balances_at(c, at_ms)))
+    rows = [
+        _row(account, period, spent, credited, count, held)
+        for account, period, spent, credited, count, held in stood
+        if args.account in (None, account)
+    ]
+    _print_rows(args, rows, {"at": args.at, "as_of_lsn": tables.mark.lsn})
+    return FINE
+
+
+def _row(
+    account: str, period: str, spent: int, credited: int, count: int, held: int
+) -> dict[str, Any]:
+    return {
+        "account": account,
+        "period": period,
+        "spent_usd": format_usd(spent),
+        "granted_usd": format_usd(credited),
+        "held_usd": format_usd(held),
+        "requests": count,
+    }
+
+
+def _print_rows(args: argparse.Namespace, rows: list[dict[str, Any]], more: dict[str, Any]) -> None:
+    if args.json:
+        print(orjson.dumps({"data": rows, **more}, option=orjson.OPT_INDENT_2).decode())
+        return
+    if not rows:
+        print("Nothing was spent or held.")
+        return
+    cells = [[name.upper().replace("_", " ") for name in rows[0]]]
+    cells += [[str(value) for value in row.values()] for row in rows]
+    widths = [max(len(line[place]) for line in cells) for place in range(len(cells[0]))]
+    for line in cells:
+        print(
+            "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+        )
+
+
+# -- rerate ----------------------------------------------------------------------------------------
+
+
+def _rerate(args: argparse.Namespace, config: Config) -> int:
+    overrides = {name: price.row() for name, price in config.prices.models.items()}
+    try:
+        table = (
+            assets.prices()
+            if args.prices == "built-in"
+            else assets.parse_prices(Path(args.prices).read_bytes())
+        )
+        book = PriceBook(table, overrides)
+    except (OSError, ValueError, assets.AssetError) as error:
+        print(f"{args.prices}: {error}", file=sys.stderr)
+        return WRONG_USAGE
+    was: dict[str, int] = defaultdict(int)
+    would: dict[str, int] = defaultdict(int)
+    unpriced: dict[str, int] = defaultdict(int)
+    with inspect.tables(config.storage.path) as tables:
+        for request in asyncio.run(tables.run(lambda c: [*reports.settled(c, args.month)])):
+            name = f"{request.provider}/{request.upstream_model}"
+            provider = config.providers.get(request.provider)
+            slug = CATALOGUE.get(
+                (provider.prefix if provider else None) or request.provider, request.provider
+            )
+            rate = book.rate(slug, request.upstream_model, request.t / 1000)
+            if rate is None:
+                unpriced[name] += 1
+                continue
+            was[name] += request.cost or 0
+            would[name] += rate.cost(Usage(*request.tokens))
+    rows = [
+        {
+            "model": name,
+            "charged_usd": format_usd(was[name]),
+            "would_be_usd": format_usd(would[name]),
+            "difference_usd": format_usd(would[name] - was[name]),
+        }
+        for name in sorted(was)
+    ]
+    totals = {
+        "model": "all",
+        "charged_usd": format_usd(sum(was.values())),
+        "would_be_usd": format_usd(sum(would.values())),
+        "difference_usd": format_usd(sum(would.values()) - sum(was.values())),
+    }
+    _print_rows(args, [*rows, totals], {"prices": book.version, "unpriced": dict(unpriced)})
+    if unpriced and not args.json:
+        for name, count in sorted(unpriced.items()):
+            print(f"no price there: {name} ({count} requests)", file=sys.stderr)
+    return FINE
+
+
+# -- accept-loss -----------------------------------------------------------------------------------
+
+
+def _accept_loss(args: argparse.Namespace, config: Config) -> int:
+    async def accept() -> int:
+        async with opened(config, accept_loss=True) as store:
+            return store.recovery.settled
+
+    settled = asyncio.run(accept())
+    print(
+        f"A new journal begins in {config.storage.journal}. "
+        f"{settled} requests that were open were charged what was held for them."
+    )
+    return FINE

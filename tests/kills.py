@@ -1,0 +1,507 @@
+"""What the drills that kill the gateway share: its real process, a folder that outlives it, clients
+who expect the connection to break, and the question whether the books are right afterwards.
+
+The upstream lives in the test's own process, so that it outlives the gateway: what it has received
+and sent is believed, and no word of the gateway about that.
+"""
+
+import asyncio
+import ctypes
+import functools
+import json
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from aiohttp.test_utils import TestClient
+
+from gwproxy.demo import DemoUpstream
+from gwproxy.storage.files import OS_FILES
+from gwproxy.storage.scan import boot_id, scan
+from gwproxy.storage.verify import findings
+from tests.harness import ADMIN, ADMIN_KEY, UPSTREAM_TOKEN, Gateway, bearer, make_key
+from tests.sdk import config
+
+ROOT = Path(__file__).parent.parent
+PATIENCE_S = 90.0
+"""For what takes a second: other things may be going on on the machine."""
+
+INPUT_NANOS, OUTPUT_NANOS = 1000, 2000
+"""A token of `mock/...`, by the price that `tests.sdk` configures."""
+
+_UPSTREAM = """
+first_byte_timeout_s = 600
+answer_timeout_s = 600
+idle_timeout_s = 600
+connect_timeout_s = 300
+"""
+"""Who waits in these drills waits until he is killed."""
+
+_MORE = """
+[providers.closed]
+flavour = "openai"
+base_url = "http://127.0.0.1:{closed}/v1"
+[prices.models."closed/*"]
+input = "1.00"
+output = "2.00"
+[prices.models."deepseek/*"]
+input = "1.00"
+output = "2.00"
+reasons = true
+[models.second]
+chain = [
+    {{ provider = "mock", model = "prose+status-503" }},
+    {{ provider = "mock", model = "prose+stall-after-5" }},
+]
+[models.third]
+chain = [
+    {{ provider = "mock", model = "prose+reset-before-headers" }},
+    {{ provider = "groq", model = "llama-3.3-70b-versatile+status-500" }},
+    {{ provider = "mock", model = "prose" }},
+]
+[breaker]
+failure_threshold = 1000
+[storage]
+journal_segment_bytes = 1048576
+journal_max_bytes = 67108864
+[log]
+level = "warning"
+"""
+
+
+# -- the process and its folder --------------------------------------------------------------------
+
+
+class Life:
+    """One process of the gateway, from its start to its end."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.url = ""
+
+    async def ready(self) -> bool:
+        """True once it serves; False when it ended before that."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(PATIENCE_S):
+            line = (await self.process.stdout.readline()).decode()
+        self.url = line.strip().rpartition(" ")[2]
+        return bool(self.url)
+
+    def kill(self) -> None:
+        # The group: a tracer goes with it.
+        os.killpg(self.process.pid, signal.SIGKILL)
+
+    async def ended(self) -> int:
+        async with asyncio.timeout(PATIENCE_S):
+            return await self.process.wait()
+
+    async def stop(self) -> None:
+        """In order, so that the database has all that the journal has."""
+        self.process.send_signal(signal.SIGTERM)
+        assert await self.ended() == 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """The folder of one ledger. `keys` are API keys by their users' names."""
+
+    folder: Path
+    keys: dict[str, str]
+
+    @property
+    def database(self) -> Path:
+        return self.folder / "gwproxy.db"
+
+    @property
+    def journal(self) -> Path:
+        return self.folder / "journal"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "serve.log"
+
+    def copy(self, folder: Path) -> "Place":
+        shutil.copytree(self.folder, folder)
+        return Place(folder, self.keys)
+
+    @asynccontextmanager
+    async def life(self, *wrapper: str) -> AsyncIterator[Life]:
+        """`gwproxy serve` as a process of its own, which does not outlive the `with`."""
+        command = [*wrapper, sys.executable, "-m", "gwproxy", "serve"]
+        with self.log.open("ab") as log:
+            process = await asyncio.create_subprocess_exec(
+                *(*command, "--config", str(self.folder / "config.toml")),
+                env={
+                    "PATH": os.environ["PATH"],
+                    "PYTHONPATH": str(ROOT),
+                    "GWPROXY_ADMIN_KEY": ADMIN_KEY,
+                    "UPSTREAM_TOKEN": UPSTREAM_TOKEN,
+                },
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_dies_with_its_parent,
+            )
+        life = Life(process)
+        try:
+            yield life
+        finally:
+            if process.returncode is None:
+                life.kill()
+            await life.ended()
+
+
+def _dies_with_its_parent() -> None:
+    """Also a test that is killed itself leaves no gateway behind (prctl's PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+async def found(
+    folder: Path, demo: DemoUpstream, closed: int, limits: Mapping[str, str | None]
+) -> Place:
+    """A new ledger: a user for each name, with a key and his monthly limit in dollars."""
+    folder.mkdir()
+    text = config(demo, "cloudflare-compat", _UPSTREAM) + _MORE.format(closed=closed)
+    keys = {}
+    async with TestClient(Gateway(folder, text)) as client:
+        for name, limit in limits.items():
+            user = {"user_id": name, "monthly_limit_usd": limit}
+            assert (await client.post("/admin/users", json=user, headers=ADMIN)).status == 201
+            keys[name] = await make_key(client, name)
+    return Place(folder, keys)
+
+
+@contextmanager
+def never_accepting() -> Iterator[int]:
+    """A port to which every connection stays half open: its queue is full, and nobody empties it."""
+    with socket.socket() as listening, socket.socket() as first:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(0)
+        port: int = listening.getsockname()[1]
+        first.connect(("127.0.0.1", port))
+        yield port
+
+
+# -- death by system call --------------------------------------------------------------------------
+
+
+@functools.cache
+def why_no_tracing() -> str:
+    """Why strace cannot be used on this machine; empty if it can."""
+    if shutil.which("strace") is None:
+        return "there is no strace on this machine"
+    ran = subprocess.run(["strace", "-o", "/dev/null", "true"], capture_output=True, text=True)
+    return "" if ran.returncode == 0 else f"strace cannot trace here: {ran.stderr.strip()}"
+
+
+def strike(call: str, when: int) -> list[str]:
+    """Arguments of strace that let the traced process be killed when one of its threads is about
+    to make this system call for the `when`th time."""
+    inject = f"inject={call}:signal=SIGKILL:when={when}"
+    return ["-qq", "-o", "/dev/null", "-e", f"trace={call}", "-e", inject]
+
+
+def stricken(call: str, when: int) -> list[str]:
+    """A command in front of another one, which is so killed, counted from its start. The tracer
+    is a child of its child (-D), so that the process is the same as without it."""
+    return ["strace", "-D", "-f", *strike(call, when)]
+
+
+@asynccontextmanager
+async def watched(life: Life, call: str, when: int, *, every_thread: bool) -> AsyncIterator[None]:
+    """The same from now on, in all threads or in that of the event loop alone."""
+    threads = ["-f"] if every_thread else []
+    arguments = [each for each in strike(call, when) if each != "-qq"]
+    tracer = await asyncio.create_subprocess_exec(
+        *("strace", *threads, "-p", str(life.process.pid), *arguments),
+        stderr=asyncio.subprocess.PIPE,
+        preexec_fn=_dies_with_its_parent,
+    )
+    try:
+        assert tracer.stderr is not None
+        async with asyncio.timeout(PATIENCE_S):
+            said = await tracer.stderr.readline()
+        assert b"attached" in said, said
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            tracer.kill()
+        await tracer.wait()
+
+
+# -- clients ---------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Got:
+    """What a client got of one answer."""
+
+    user: str
+    model: str
+    stream: bool
+    status: int = 0
+    """0: no head came."""
+    request_id: str = ""
+    tokens: int = 0
+    """Events with text in them: the upstream sends one for each token."""
+    usage: bool = False
+    whole: bool = False
+
+    @property
+    def served(self) -> bool:
+        """All of an answer, and not a refusal."""
+        return self.whole and self.status == 200
+
+
+class Client:
+    """Users who ask, and remember what they got."""
+
+    def __init__(self, place: Place, life: Life, session: aiohttp.ClientSession) -> None:
+        self.place = place
+        self.life = life
+        self.session = session
+        self.got: list[Got] = []
+
+    async def ask(self, user: str, model: str, stream: bool, leaves_after: int = 0) -> Got:
+        """Until the answer is whole or its connection breaks."""
+        got = Got(user, model, stream)
+        self.got.append(got)
+        body: dict[str, Any] = {
+            "model": model,
+            "messages": [{"role": "user", "content": f"Question {len(self.got)}?"}],
+        }
+        if stream:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+        with suppress(aiohttp.ClientError, ConnectionError):
+            async with self.session.post(
+                f"{self.life.url}/v1/chat/completions",
+                json=body,
+                headers=bearer(self.place.keys[user]),
+            ) as response:
+                got.status, got.request_id = response.status, response.headers["x-request-id"]
+                if not stream or got.status != 200:
+                    await response.read()
+                    got.whole = True
+                    return got
+                async for line in response.content:
+                    _hear(got, line)
+                    if leaves_after and got.tokens >= leaves_after:
+                        response.close()
+                        return got
+        return got
+
+    async def usage(self, user: str) -> Any:
+        headers = bearer(self.place.keys[user])
+        async with self.session.get(f"{self.life.url}/v1/usage", headers=headers) as response:
+            assert response.status == 200, await response.text()
+            return await response.json()
+
+    async def receipt(self, user: str, request_id: str) -> Any:
+        headers = bearer(self.place.keys[user])
+        url = f"{self.life.url}/v1/receipts/{request_id}"
+        async with self.session.get(url, headers=headers) as response:
+            assert response.status == 200, await response.text()
+            return await response.json()
+
+    async def held(self, user: str) -> int:
+        """Nano-USD, the same on each of his own two accounts."""
+        scopes = {each["scope"]: each for each in (await self.usage(user))["scopes"]}
+        assert scopes["key"]["held_usd"] == scopes["user"]["held_usd"]
+        return nanos(scopes["user"]["held_usd"])
+
+
+def _hear(got: Got, line: bytes) -> None:
+    if line.startswith(b"data: [DONE]"):
+        got.whole = True
+    elif line.startswith(b"data: {") and line.endswith(b"\n"):
+        event = json.loads(line[6:])
+        got.usage |= event.get("usage") is not None
+        for choice in event.get("choices", ()):
+            if choice["delta"].get("content"):
+                got.tokens += 1
+
+
+@asynccontextmanager
+async def clients(place: Place, life: Life) -> AsyncIterator[Client]:
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector) as session:
+        yield Client(place, life, session)
+
+
+def nanos(usd: str) -> int:
+    return int(Decimal(usd) * 10**9)
+
+
+def price(usage: dict[str, Any]) -> int:
+    """What the upstream's own figures cost at `mock`, in nano-USD."""
+    return int(usage["prompt_tokens"] * INPUT_NANOS + usage["completion_tokens"] * OUTPUT_NANOS)
+
+
+# -- the books -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def explained(place: Place, **about: object) -> Iterator[None]:
+    """Whatever fails inside tells where, and what stood last in the journal and in the log."""
+    try:
+        yield
+    except BaseException as error:
+        lines = [line for path in sorted(place.journal.glob("*.journal")) for line in written(path)]
+        log = place.log.read_text().splitlines() if place.log.exists() else []
+        error.add_note("\n".join([repr(about), place.folder.name, *lines[-12:], *log[-8:]]))
+        raise
+
+
+def written(segment: Path) -> list[str]:
+    """The lines of a segment, whether they are whole or not."""
+    text = segment.read_bytes().rstrip(b"\0").decode(errors="replace")
+    return [f"{segment.name}: {line}" for line in text.splitlines()]
+
+
+async def assert_settled(client: Client, before: Iterable[Got]) -> None:
+    """A gateway that has just started: nothing is held, and every client finds what became of each
+    request of the life before that he knows of."""
+    for user in client.place.keys:
+        usage = await client.usage(user)
+        assert [each["held_usd"] for each in usage["scopes"]] == ["0.000000000"] * 3
+        assert all(each["outcome"] for each in usage["requests"])
+    for got in before:
+        if got.request_id and got.status == 200:
+            receipt = await client.receipt(got.user, got.request_id)
+            assert_charged(got, receipt["outcome"], nanos(receipt["cost_usd"]), receipt)
+
+
+def assert_charged(got: Got, outcome: str, cost: int, about: object) -> None:
+    """He is charged for what he got, and more than nothing."""
+    least = INPUT_NANOS + got.tokens * OUTPUT_NANOS if got.model.startswith("mock/") else 1
+    assert cost >= least, (got, about)
+    if got.served:
+        assert outcome in ("completed", "recovered"), (got, about)
+        # A whole answer leaves only after its settlement.
+        assert outcome == "completed" or got.stream, (got, about)
+
+
+def assert_books(place: Place, demo: Sequence[dict[str, Any]], got: Sequence[Got]) -> Counter[str]:
+    """The books of a gateway that has stopped in order agree with themselves, with the record of
+    the upstream and with what the clients got; how many requests had which outcome."""
+    uri = f"{place.database.as_uri()}?mode=ro"
+    connection = sqlite3.connect(uri, uri=True)
+    try:
+        connection.row_factory = sqlite3.Row
+        return _assert_books(place, connection, demo, got)
+    finally:
+        connection.close()
+
+
+def _assert_books(
+    place: Place,
+    connection: sqlite3.Connection,
+    demo: Sequence[dict[str, Any]],
+    got: Sequence[Got],
+) -> Counter[str]:
+    def rows(sql: str) -> list[sqlite3.Row]:
+        return connection.execute(sql).fetchall()
+
+    assert rows("PRAGMA integrity_check")[0][0] == "ok"
+    assert [str(each) for each in findings(connection)] == []
+    assert rows("SELECT * FROM hold") == []
+    ledger = {row["id"]: row for row in rows("SELECT * FROM request")}
+    assert all(row["outcome"] for row in ledger.values()), "a request without an end"
+
+    _assert_sums(rows, list(ledger.values()))
+    _assert_as_recorded(place, rows, {row["lsn"]: row for row in ledger.values()})
+
+    # The upstream's record, line by line; a fallback has a line for each attempt.
+    upstream: dict[str, list[dict[str, Any]]] = {}
+    for line in demo:
+        upstream.setdefault(line["request_id"], []).append(line)
+    assert upstream.keys() <= ledger.keys(), "sent upstream, and not in the ledger"
+    for request_id, row in ledger.items():
+        lines = upstream.get(request_id, [])
+        about = (dict(row), lines)
+        if row["outcome"] == "recovered":
+            assert 0 < row["cost"] <= row["held"], about
+            assert row["overrun"] == 0, about
+        elif row["outcome"] in ("failed", "void"):
+            # Never sent, or refused each time: nobody pays for that.
+            assert row["cost"] == 0, about
+            assert all(line["end"] == "refused" for line in lines), about
+        else:
+            assert lines, about
+            assert row["cost"] > 0, about
+        if row["outcome"] == "completed":
+            (last,) = [line for line in lines if line["completed"]]
+            assert row["source"] == "provider", about
+            if row["model"].startswith("mock/"):
+                assert row["cost"] == price(last["usage"]), about
+
+    for each in got:
+        if each.status == 200:
+            row = ledger[each.request_id]
+            assert row["user_id"] == each.user
+            assert_charged(each, row["outcome"], row["cost"], dict(row))
+    return Counter(row["outcome"] for row in ledger.values())
+
+
+def _assert_sums(
+    rows: Callable[[str], list[sqlite3.Row]], requests: Sequence[sqlite3.Row]
+) -> None:
+    """Balances are the sums of the lines, and of the requests' costs, added up here once more."""
+    balances = {(row["account"], row["period"]): row for row in rows("SELECT * FROM balance")}
+    lines: Counter[tuple[str, str]] = Counter()
+    for row in rows("SELECT account, period, amount FROM entry"):
+        lines[row["account"], row["period"]] += row["amount"]
+    assert {key: row["spent"] for key, row in balances.items() if row["spent"]} == lines
+    costs: Counter[tuple[str, str]] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
+    for row in requests:
+        for scope in ("key", "user", "org"):
+            account = (f"{scope}:{row[scope + '_id']}", row["period"])
+            costs[account] += row["cost"]
+            counts[account] += row["outcome"] != "void"
+    own = {key: row for key, row in balances.items() if not key[0].startswith("provider:")}
+    assert {key: (row["spent"], row["count"]) for key, row in own.items()} == {
+        key: (cost, counts[key]) for key, cost in costs.items()
+    }
+    providers = sum(row["spent"] for key, row in balances.items() if key not in own)
+    assert providers == sum(row["cost"] for row in requests)
+    limits = dict(rows("SELECT user_id, monthly_limit FROM user WHERE monthly_limit IS NOT NULL"))
+    for (account, _), row in own.items():
+        limit = limits.get(account.removeprefix("user:"))
+        assert limit is None or row["spent"] <= limit, (account, limit, dict(row))
+
+
+def _assert_as_recorded(
+    place: Place, rows: Callable[[str], list[sqlite3.Row]], requests: dict[int, sqlite3.Row]
+) -> None:
+    """The journal ends in order, the tables go up to its end, and of each reservation that it
+    tells of it has one settlement, which is the one in the tables."""
+    found = scan(OS_FILES, place.journal, boot_id(OS_FILES), 0)
+    trail = found.trail
+    cursor = trail.segments[0].start
+    records = []
+    while cursor.lsn < trail.end.lsn:
+        payloads, cursor = trail.read(cursor, 1000, 1 << 20)
+        records += [json.loads(payload) for payload in payloads]
+    assert records[-1]["k"] == "stop"
+    (mark,) = rows("SELECT applied_lsn, applied_chain FROM meta")
+    assert tuple(mark) == (trail.end.lsn, trail.end.chain)
+    settled = Counter(record["r"] for record in records if record["k"] == "settle")
+    assert set(settled.values()) <= {1}
+    assert {record["lsn"] for record in records if record["k"] == "reserve"} <= settled.keys()
+    for record in records:
+        if record["k"] == "settle":
+            row = requests[record["r"]]
+            assert (row["cost"], row["outcome"]) == (record["cost"], record["outcome"])
