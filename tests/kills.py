@@ -274,14 +274,25 @@ class Client:
         self.session = session
         self.got: list[Got] = []
 
-    async def ask(self, user: str, model: str, stream: bool, leaves_after: int = 0) -> Got:
-        """Until the answer is whole or its connection breaks."""
+    async def ask(
+        self,
+        user: str,
+        model: str,
+        stream: bool,
+        *,
+        most: int | None = None,
+        leaves_after: int = 0,
+    ) -> Got:
+        """Until the answer is whole or its connection breaks. `most`: the maximum that is declared;
+        `leaves_after`: tokens after which the client hangs up."""
         got = Got(user, model, stream)
         self.got.append(got)
         body: dict[str, Any] = {
             "model": model,
             "messages": [{"role": "user", "content": f"Question {len(self.got)}?"}],
         }
+        if most is not None:
+            body["max_tokens"] = most
         if stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         with suppress(aiohttp.ClientError, ConnectionError):
@@ -455,9 +466,7 @@ def _assert_books(
     return Counter(row["outcome"] for row in ledger.values())
 
 
-def _assert_sums(
-    rows: Callable[[str], list[sqlite3.Row]], requests: Sequence[sqlite3.Row]
-) -> None:
+def _assert_sums(rows: Callable[[str], list[sqlite3.Row]], requests: Sequence[sqlite3.Row]) -> None:
     """Balances are the sums of the lines, and of the requests' costs, added up here once more."""
     balances = {(row["account"], row["period"]): row for row in rows("SELECT * FROM balance")}
     lines: Counter[tuple[str, str]] = Counter()

@@ -1,4 +1,4 @@
-"""Backups: made while the ledger is written to, looked at before they are believed, put in place."""
+"""Backups: made while the ledger is written to, doubted until looked at, put in place."""
 
 import asyncio
 import os
@@ -140,6 +140,17 @@ async def test_where_nothing_can_be_written_there_is_no_backup(place, tmp_path):
     with pytest.raises(BackupRefused, match=r"no backup was made.*No such file or directory"):
         await backup_to(place.database, tmp_path / "missing" / "copy.db")
     assert not (tmp_path / "missing").exists()
+
+
+async def test_what_is_no_file_is_not_replaced_by_one(place, tmp_path):
+    some(place)
+    await catch_up(place.writer())
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(BackupRefused, match="is there already, and is not a file"):
+            await backup_to(place.database, tmp_path / name)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 # -- keeping some --------------------------------------------------------------------------------

@@ -305,6 +305,17 @@ def test_set_keeps_the_comments_of_a_table_that_it_changes(file: Path) -> None:
     }
 
 
+def test_unset_leaves_the_comments_and_the_empty_lines_that_part_them() -> None:
+    before, own, after = "a = 1\n\n", "[prices.models.x]\ninput = 1\n", "\n[b]\n"
+    for text, left in [
+        (before + own + after, "a = 1\n" + after),
+        (before + own + "# why\noutput = 2\n" + after, before + "# why\n" + after),
+        (before + own + "[b]\n", before + "[b]\n"),
+        ("a = 1\n" + own + after, "a = 1\n" + after),
+    ]:
+        assert command.with_price(text, "x", None) == left
+
+
 def test_what_is_set_and_unset_again_leaves_no_trace(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -453,7 +464,7 @@ names = st.one_of(
     st.sampled_from(["openai/gpt-4o", "mock", "@cf/x-1", "groq/*", 'a"b\\c', "it's", "a.b", "#"]),
     st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1),
 )
-NASTY = '[prices.models."openai/gpt-4o"]\ninput = "9" # """ \'\'\' ]} [{\n[[prices]]'
+TRAP = '[prices.models."openai/gpt-4o"]\ninput = "9" # ]} [{\n[[prices]]\n'
 
 
 def quoted(text: str) -> str:
@@ -480,8 +491,7 @@ scalars = st.one_of(
     st.sampled_from(
         [
             *("1", "-7.5e3", "true", "1979-05-27T07:32:00Z", "07:32:00", "0xff", "inf", "''"),
-            f'"""\n{NASTY.replace(chr(34) * 3, "")}"""',
-            f"'''{NASTY.replace(chr(39) * 3, '')}'''",
+            *(f'"""\n{TRAP}"""', f"'''{TRAP}'''"),
             *('"""two at the end"""""', "'''one at the end''''", '"""\\"""\\\\"""', '""""""'),
             *('"""a\\\n   b"""', '"\\"#[" # ]', "'#[{' # }"),
         ]
@@ -489,7 +499,7 @@ scalars = st.one_of(
     plain.map(quoted),
 )
 values = st.recursive(
-    scalars.filter(lambda text: " #" not in text),
+    scalars.filter(lambda text: not text.endswith((" # ]", " # }"))),
     lambda inner: st.one_of(
         st.lists(inner, max_size=3).map(lambda items: f"[{', '.join(items)}]"),
         st.lists(inner, max_size=3).map(
@@ -600,6 +610,8 @@ def apart(tree: dict[str, Any], name: str) -> tuple[object, dict[str, Any]]:
 
 @given(files())
 @example(("a/b", "", "", ""))
+@example(("openai/gpt-4o", f'x = """\n{TRAP}"""\n', "", ""))
+@example(("openai/gpt-4o", f"x = [ # [\n'''{TRAP}''' ]\n", "", ""))
 @example(("a/b", "x = 1", "", ""))
 @example(("a/b", "\n", '[prices.models."a/b"]', ""))
 @example(("a/b", "\n\n", '[prices.models."a/b"]\ninput = "1"', ""))
@@ -614,6 +626,9 @@ def test_any_file_stays_as_it_is_but_for_that_one_table(parts: tuple[str, str, s
     assert written.startswith(before) and written.endswith(after)
     assert command.with_price(written, name, WANTED) == written
     assert written.count("# kept?") <= own.count("# kept?") <= written.count("# kept?") + len(OLD)
+
+    if "\r\n" in text:
+        assert written.count("\r\n") == written.count("\n")
 
     without = command.with_price(text, name, None)
     assert apart(read(without), name) == (None, rest)

@@ -23,7 +23,7 @@ from gwproxy.cli.demo import QUESTION
 
 ROOT = Path(__file__).parent.parent
 DEMO = [sys.executable, "-m", "gwproxy", "demo"]
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 SAID = "To know who is calling, to stop the spending before the money is gone"
 HELLO = "Hello! I am the built-in demo upstream"
 
@@ -160,11 +160,17 @@ def test_it_shows_a_chat_and_how_to_go_on(home: Home) -> None:
     assert "created   organization acme, user alice, key key_" in ran.stdout
     assert "x-gateway-provider: openai\n" in ran.stdout
     assert "x-gateway-mode: normal\n" in ran.stdout
-    logged = re.search(r"logged: (\d+) tokens in, (\d+) out, (\S+) USD, completed", ran.stdout)
-    assert logged is not None
-    assert int(logged[1]) > 10
-    assert int(logged[2]) > 40
-    assert float(logged[3]) > 0
+    receipt = re.search(
+        r"receipt: completed, \((\d+) input x 0.15 \+ (\d+) output x 0.60\) .* = (\S+) USD",
+        ran.stdout,
+    )
+    assert receipt is not None
+    assert int(receipt[1]) > 10
+    assert int(receipt[2]) > 40
+    assert float(receipt[3]) > 0
+    assert "admitted 5, refused 45, spent 5.000000000 USD\n" in ran.stdout
+    assert re.search(r"its receipt: recovered, \S+ USD of \S+ USD held\n", ran.stdout)
+    assert "ledger verify: ok" in ran.stdout
     assert re.search(r"^ +curl -N http://127.0.0.1:\d+/v1/chat/completions", ran.stdout, re.M)
     assert re.search(r"export OPENAI_BASE_URL=http://127.0.0.1:\d+/v1\n", ran.stdout)
     assert re.search(r"export OPENAI_API_KEY=gw_live_\w{46}\n", ran.stdout)

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from random import Random
 
@@ -17,7 +18,9 @@ import pytest
 import pytest_asyncio
 
 from gwproxy.demo import DemoUpstream
+from gwproxy.core.holds import FIRST_OUTPUT
 from tests.kills import (
+    OUTPUT_NANOS,
     PATIENCE_S,
     Client,
     Got,
@@ -59,16 +62,24 @@ def closed() -> Iterator[int]:
 # -- at each step ----------------------------------------------------------------------------------
 
 
+class Charge(Enum):
+    HOLD = "all that was held at first"
+    MARK = "the last watermark, which is below it"
+    RAISED = "the last watermark, and the hold was raised to it"
+
+
 @dataclass(frozen=True)
 class Step:
-    """Where one request stands when the gateway is killed. `tokens`: so many has the client got;
-    `sees`: what is charged follows from a watermark, else it is the hold."""
+    """Where one request stands when the gateway is killed, and what it is charged for that."""
 
     user: str
     model: str
     stream: bool
+    charge: Charge = Charge.HOLD
     tokens: int = 0
-    sees: bool = False
+    """What the client has got."""
+    most: int | None = None
+    """The maximum that he has declared."""
     arrives: bool = True
     """The upstream receives it."""
 
@@ -80,26 +91,23 @@ STEPS = (
     Step("unanswered_stream", "mock/prose+stall-before-headers", True),
     Step("half_answered", "mock/prose+stall-after-1", False),
     Step("head_only", "mock/prose+stall-after-0", True),
-    Step("first_token", "mock/prose+stall-after-1", True, 1, True),
-    Step("middle", "mock/prose+len-60+stall-after-20", True, 20, True),
-    Step("past_marks", "mock/prose+len-900+stall-after-700", True, 700, True),
-    Step("past_the_hold", "mock/prose+len-2000+stall-after-1500", True, 1500, True),
-    Step("usage_told", "mock/prose+len-30+stall-after-99", True, 30, True),
-    Step("out_of_sight", "deepseek/deepseek-reasoner+stall-after-5", True, 4),
-    Step("second_attempt", "second", True, 5, True),
+    Step("first_token", "mock/prose+stall-after-1", True, Charge.MARK, 1),
+    Step("middle", "mock/prose+len-60+stall-after-20", True, Charge.MARK, 20),
+    Step("past_marks", "mock/prose+len-900+stall-after-700", True, Charge.MARK, 700, 8000),
+    Step("past_the_hold", "mock/prose+len-2000+stall-after-1500", True, Charge.RAISED, 1500),
+    Step("usage_told", "mock/prose+len-30+stall-after-99", True, Charge.MARK, 30),
+    Step("out_of_sight", "deepseek/deepseek-chat+stall-after-5", True, Charge.HOLD, 4),
+    Step("second_attempt", "second", True, Charge.MARK, 5),
 )
 
 
 async def park(client: Client, step: Step, demo: DemoUpstream) -> None:
     """Return when the request stands where it is to be killed."""
-
-    async def held() -> int:
-        async with asyncio.timeout(PATIENCE_S):
-            while not (amount := await client.held(step.user)):
-                await asyncio.sleep(0.02)  # the gateway tells nobody
-            return amount
-
-    assert await held()
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            if await client.held(step.user):
+                break
+            await asyncio.sleep(0.02)  # no event tells of a hold
     (got,) = [each for each in client.got if each.user == step.user]
     last = "prose+stall-after-5" if step.model == "second" else step.model
     if step.arrives:
@@ -120,7 +128,7 @@ async def test_killed_at_any_step_each_request_is_charged_once_for_what_was_sent
         assert await life.ready()
         async with asyncio.TaskGroup() as group:
             for step in STEPS:
-                group.create_task(client.ask(step.user, step.model, step.stream))
+                group.create_task(client.ask(step.user, step.model, step.stream, most=step.most))
             async with asyncio.TaskGroup() as parking:
                 for step in STEPS:
                     parking.create_task(park(client, step, demo))
@@ -168,10 +176,9 @@ async def settled_after(place: Place, before: Sequence[Got]) -> dict[str, str]:
             assert (receipt["source"], receipt["overrun_usd"]) == ("estimated", "0.000000000")
             costs[step.user] = receipt["cost_usd"]
             cost, held = nanos(receipt["cost_usd"]), nanos(receipt["held_usd"])
-            if step.sees and step.user != "past_the_hold":
-                assert cost < held, step
-            else:
-                assert cost == held, step
+            assert cost < held if step.charge is Charge.MARK else cost == held, step
+            if step.charge is Charge.RAISED:
+                assert cost > FIRST_OUTPUT * OUTPUT_NANOS, step
             for scope in usage["scopes"][:2]:
                 assert scope["month_usage_usd"] == receipt["cost_usd"], step
                 assert scope["request_count"] == 1, step

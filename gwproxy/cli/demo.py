@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from gwproxy.core.money import Nanos, format_usd
+from gwproxy.cli.proofs import PRICES, NotShown, Stage, show_budget, show_recovery
 
 FINE: Final = 0
 FAILED: Final = 1
@@ -34,7 +34,7 @@ MODEL: Final = "openai/gpt-4o-mini"
 QUESTION: Final = "Why do people put a proxy in front of an AI gateway?"
 START_WITHIN_S: Final = 20.0
 STOP_WITHIN_S: Final = 5.0
-LOGGED_WITHIN_S: Final = 2.0
+SETTLED_WITHIN_S: Final = 2.0
 
 # The caller's own gateway must not leak into this one: neither its settings nor its folders.
 _NOT_OURS: Final = ("GWPROXY_", "AI_", "CLOUD", "STATE_DIR", "CREDENTIALS_DIR", "CONFIGURATION_DIR")
@@ -69,6 +69,10 @@ output = "2.00"
 [metrics]
 open = true
 """
+_SHOWN: Final = (
+    *("x-request-id", "x-gateway-provider", "x-gateway-mode", "x-gateway-scope"),
+    *("x-gateway-usage-usd", "x-gateway-held-usd", "x-gateway-reset", "server-timing"),
+)
 
 
 def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -76,12 +80,12 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
         "demo",
         help="try it: the gateway with a built-in upstream, no account needed",
         description="Starts a gateway and an upstream on loopback with state in a scratch folder, "
-        "sends one streamed chat, and stays up until Ctrl-C.",
+        "sends one streamed chat, shows what the gateway promises, and stays up until Ctrl-C.",
     )
     demo.add_argument(
         "--port", type=int, default=PORT, help=f"default {PORT}, or a free one if that is taken"
     )
-    demo.add_argument("--once", action="store_true", help="stop after the chat")
+    demo.add_argument("--once", action="store_true", help="stop after what is to be seen")
     demo.set_defaults(func=run)
     upstream = subparsers.add_parser(
         "demo-upstream",
@@ -108,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     ):
         try:
             return _run(args, Path(folder), stack)
-        except _Failed as failed:
+        except (_Failed, NotShown) as failed:
             print(f"gwproxy demo: {failed}", file=sys.stderr)
             return FAILED
         except KeyboardInterrupt:
@@ -151,10 +155,16 @@ def _run(args: argparse.Namespace, folder: Path, stack: contextlib.ExitStack) ->
     upstream_url = _address(upstream, folder)
     port = args.port if _is_free(args.port) else 0
     config = folder / "config.toml"
-    config.write_text(_CONFIG.format(port=port, upstream=upstream_url))
+    config.write_text(_CONFIG.format(port=port, upstream=upstream_url) + PRICES)
     serve = [sys.executable, "-m", "gwproxy", "serve", "--config", str(config)]
-    server = stack.enter_context(_child(serve, environ, folder / "serve.log"))
-    url = _address(server, folder)
+    gateways = stack.enter_context(contextlib.ExitStack())
+
+    def start() -> "tuple[subprocess.Popen[str], str]":
+        process = gateways.enter_context(_child(serve, environ, folder / "serve.log"))
+        return process, _address(process, folder)
+
+    server, url = start()
+    config.write_text(config.read_text().replace("127.0.0.1:0", url.removeprefix("http://")))
     if args.port and not port:
         print(f"port {args.port} is taken, so it is another one:")
     print(f"gateway   {url}")
@@ -171,9 +181,19 @@ def _run(args: argparse.Namespace, folder: Path, stack: contextlib.ExitStack) ->
 
     print(f"> {QUESTION}")
     headers = _chat(url, key)
-    for name in ("x-request-id", "x-gateway-provider", "x-gateway-mode", "server-timing"):
+    for name in _SHOWN:
         print(f"  {name}: {headers.get(name)}")
-    print(f"  {_logged(folder, str(headers.get('x-request-id')))}")
+
+    def restart() -> None:
+        nonlocal server
+        server.kill()
+        server.wait()
+        server, _ = start()
+
+    stage = Stage(url.removeprefix("http://"), config, environ, admin, restart)
+    print(f"  {_receipt(stage, key, str(headers.get('x-request-id')))}\n")
+    show_budget(stage)
+    show_recovery(stage)
     print(
         f"""
 Try it yourself:
@@ -190,7 +210,7 @@ Or with any OpenAI SDK:
 Metrics: {url}/metrics   Log: {folder / "serve.log"}""",
     )
     if args.once:
-        print("Stopping: it was asked for one chat only.", flush=True)
+        print("Stopping: it was asked to show this once.", flush=True)
         return FINE
     print("Stop: Ctrl-C", flush=True)
     while server.poll() is None and upstream.poll() is None:
@@ -221,20 +241,16 @@ def _chat(url: str, key: str) -> http.client.HTTPMessage:
     return response.headers
 
 
-def _logged(folder: Path, request_id: str) -> str:
-    """What the gateway wrote down about the request; its log is a tenth of a second behind."""
-    until = time.monotonic() + LOGGED_WITHIN_S
+def _receipt(stage: Stage, key: str, request_id: str) -> str:
+    """What the ledger has of the request, once its stream is settled."""
+    until = time.monotonic() + SETTLED_WITHIN_S
+    headers = {"Authorization": f"Bearer {key}"}
     while time.monotonic() < until:
-        for text in (folder / "serve.log").read_text().splitlines():
-            if request_id in text and '"outcome"' in text:
-                line = json.loads(text)
-                tokens, cost = line["tokens"], format_usd(Nanos(line["cost_nanos"]))
-                return (
-                    f"logged: {tokens['input']} tokens in, {tokens['output']} out, "
-                    f"{cost} USD, {line['outcome']}"
-                )
-        time.sleep(0.02)  # the log is written ten times a second
-    raise _Failed(f"the request is not in the log:\n{_last_words(folder)}")
+        found = stage.ask("GET", f"/v1/receipts/{request_id}", headers)
+        if found["outcome"] is not None:
+            return f"receipt: {found['outcome']}, {found['formula']}"
+        time.sleep(0.02)  # it is settled when the upstream has ended, not when we have read all
+    raise _Failed(f"the request is not settled:\n{_last_words(Path(stage.config).parent)}")
 
 
 def _ask(url: str, method: str, path: str, headers: dict[str, str], body: Any) -> Any:
@@ -258,7 +274,7 @@ def _child(
     command: list[str], environ: dict[str, str], log_file: Path
 ) -> Iterator["subprocess.Popen[str]"]:
     """A process that ends with the demo; what it says on stderr goes to a file."""
-    with log_file.open("w") as log:
+    with log_file.open("a") as log:
         # Asked to stop between the child's birth and our knowing of it, we would leave it behind.
         signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
         process = subprocess.Popen(

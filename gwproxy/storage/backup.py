@@ -42,7 +42,13 @@ async def backup_to(database: Database, file: Path) -> Mark:
     The database goes on being written to. Until the copy is found good and has reached the disk it
     has another name. BackupRefused.
     """
-    return await _backup(database, file.with_name(file.name + _UNFINISHED), lambda mark: file)
+
+    def name(mark: Mark) -> Path:
+        if file.exists() and not file.is_file():  # a device would be renamed over like a file
+            raise BackupRefused(f"{file}: is there already, and is not a file.")
+        return file
+
+    return await _backup(database, file.with_name(file.name + _UNFINISHED), name)
 
 
 async def _backup(database: Database, unfinished: Path, name: Callable[[Mark], Path]) -> Mark:

@@ -295,10 +295,12 @@ class _Insert:
 
     def __call__(self, connection: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> None:
         whole = len(rows) - len(rows) % _ROWS
+        assert_in_transaction(connection)
         connection.executemany(
             self._many,
             (tuple(chain.from_iterable(rows[i : i + _ROWS])) for i in range(0, whole, _ROWS)),
         )
+        assert_in_transaction(connection)
         connection.executemany(self._one, rows[whole:])
 
 
@@ -336,7 +338,11 @@ _ADVANCE: Final = """
 
 
 def write(connection: sqlite3.Connection, batch: Batch, state: State, mark: Mark) -> None:
-    """Write what `batch` has changed, as `state` has it now, and the mark; within a transaction."""
+    """Write what `batch` has changed, as `state` has it now, and the mark; within a transaction.
+
+    That is looked at before each statement: where SQLite has rolled back by itself, all that follow
+    would be committed one by one.
+    """
     first = batch.first
     _insert_charges(connection, list(map(_charge, batch.charges)))
 
@@ -357,6 +363,7 @@ def write(connection: sqlite3.Connection, batch: Batch, state: State, mark: Mark
     _put_balances(
         connection, [_balance_row(k, balances[k]) for k in batch.balances if k in balances]
     )
+    assert_in_transaction(connection)
     connection.executemany(
         "DELETE FROM balance WHERE account = ? AND period = ?", batch.balances - balances.keys()
     )
@@ -373,6 +380,7 @@ def write(connection: sqlite3.Connection, batch: Batch, state: State, mark: Mark
 
 def _each(connection: sqlite3.Connection, sql: str, rows: Sequence[Sequence[Any]]) -> None:
     """Do `sql` for every row; each time it has to find one row to change."""
+    assert_in_transaction(connection)
     cursor = connection.executemany(sql, rows)
     if rows and cursor.rowcount != len(rows):
         raise Mismatch(
@@ -384,6 +392,7 @@ def _write_other(
     connection: sqlite3.Connection, record: AnyRecord, entries: Sequence[Entry]
 ) -> None:
     lsn, t = record.lsn, record.t
+    assert_in_transaction(connection)
     match record:
         case Adjust():
             connection.executemany(
@@ -392,6 +401,7 @@ def _write_other(
         case Admin():
             row = record.row
             before = directory.put(connection, row)
+            assert_in_transaction(connection)
             connection.execute(
                 "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
@@ -439,6 +449,7 @@ def _write_other(
                 (record.provider, lsn, t, record.before, record.after, record.until, record.why),
             )
     if isinstance(record, Admin | Adjust) and record.idempotency_key is not None:
+        assert_in_transaction(connection)
         connection.execute(_PUT_KEY, (record.idempotency_key, lsn, t))
 
 
@@ -567,6 +578,8 @@ class Writer:
         `rebuild` puts a backup in the place of a file that is lost, after asking whether the
         journal can go on from the backup's mark."""
         self.state = Storage.OK
+        self.failure: BaseException | None = None
+        """What ended the last batch that failed, for the log."""
         self.applied = 0
         """The last record in the tables, by a commit that is on the disk; 0: not known yet."""
         self._database = database
@@ -597,6 +610,7 @@ class Writer:
             count = await self._commit(place)
         except Exception as error:
             self._failures += 1
+            self.failure = error
             self._fault = fault = _diagnose(error)
             if fault.at_once or self._stalled():
                 self._change(Storage.LOST, fault.words)

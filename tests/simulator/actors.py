@@ -6,7 +6,6 @@ rooms do with sockets is done here with the played upstream, in the same order.
 
 import asyncio
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -45,16 +44,6 @@ USD = 1_000_000_000
 
 async def pause(life: "Life", longest_s: float) -> None:
     await asyncio.sleep(life.random.uniform(0, longest_s))
-
-
-async def ticket(life: "Life", work: Any, end: Callable[[Any, OSError | None], None]) -> None:
-    """What waits for the disk, in a thread."""
-    error: OSError | None = None
-    try:
-        await life.loop.run_in_executor(None, work.run)
-    except OSError as failure:
-        error = failure
-    end(work, error)
 
 
 # -- the operator --------------------------------------------------------------------------------
@@ -180,19 +169,6 @@ def _adjust(life: "Life", user_id: str) -> None:
             idempotency_key=f"adjust-{life.world.serial}",
         )
     )
-
-
-async def retention(life: "Life") -> None:
-    """Backups are made, and segments that the newest one and the database have are removed."""
-    assert life.store is not None
-    journal, writer, file = life.store.journal, life.store.writer, life.world.file
-    while True:
-        await pause(life, 4)
-        if life.random.random() < 0.5 or not file.backups:
-            file.back_up()
-        drop = journal.begin_drop(file.covered(writer.applied))
-        if drop is not None:
-            await ticket(life, drop, journal.end_drop)
 
 
 # -- the weather ---------------------------------------------------------------------------------

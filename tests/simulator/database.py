@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from random import Random
 from typing import Any, TypeVar
 
+from gwproxy.storage.backup import BackupRefused
 from gwproxy.storage.database import FileChanged, _mapped, packaged, transaction
 from gwproxy.storage.ledger import Mark, Mismatch, mark_of
 from gwproxy.storage.segments import Gap
@@ -57,14 +58,6 @@ class DatabaseFile:
         """It is an older copy than it should be, and nobody has noticed."""
         self.backups: list[bytes] = []
         """Oldest first."""
-
-    def back_up(self) -> None:
-        if self.fault is None and not self.foreign:
-            self.backups = [*self.backups, self.image][-3:]
-
-    def covered(self, applied_lsn: int) -> int:
-        """Up to which record both the newest backup and the database go."""
-        return min(applied_lsn, mark_in(self.backups[-1]).lsn) if self.backups else 0
 
     def swap(self) -> None:
         """Somebody puts an older copy in its place, while it is open."""
@@ -117,13 +110,16 @@ class _Connection:
     def _done(self, cursor: sqlite3.Cursor) -> sqlite3.Cursor:
         if cursor.rowcount > 0 and not self._real.in_transaction:
             self._owner.committed()  # outside a transaction each statement is one
+        if (
+            cursor.rowcount > 0
+            and self._real.in_transaction
+            and self._owner.chance(self._owner.file.weather.rollback)
+        ):
+            self._real.rollback()  # without a word
         return cursor
 
     def _trouble(self) -> None:
-        owner = self._owner
-        owner.fail(owner.file.weather.io, "disk I/O error")
-        if owner.chance(owner.file.weather.rollback) and self._real.in_transaction:
-            self._real.rollback()  # without a word
+        self._owner.fail(self._owner.file.weather.io, "disk I/O error")
 
     def _commit(self) -> sqlite3.Cursor:
         owner = self._owner
@@ -227,19 +223,48 @@ class PlayedDatabase:
             self._real.close()
             self._real = self._connect()
 
-    async def rebuild(self, can_follow: Callable[[Mark], Awaitable[object]]) -> None:
+    async def replace(self, image: bytes) -> None:
+        async with self._working:
+            self.enter()
+            self.file.image, self.file.fault, self.file.foreign = image, None, False
+
+    async def close(self) -> None:
+        self._real.close()
+
+
+class PlayedBackups:
+    """Copies of the database, in the place of `gwproxy.storage.backup.Backups`."""
+
+    def __init__(self, file: DatabaseFile) -> None:
+        self._file = file
+
+    def due(self, now: float, journal_bytes: int) -> bool:
+        return not self._file.backups or self._file.random.random() < 0.5
+
+    async def make(self, database: PlayedDatabase) -> Mark:
+        file = self._file
+        database.enter()
+        if file.fault is not None or file.foreign:
+            raise BackupRefused(f"no backup was made: {file.fault}")
+        file.backups = [*file.backups, file.image][-3:]
+        return mark_in(file.image)
+
+    def covered(self, applied_lsn: int) -> int:
+        """Up to which record both the newest backup and the database go."""
+        backups = self._file.backups
+        return min(applied_lsn, mark_in(backups[-1]).lsn) if backups else 0
+
+    async def rebuild(
+        self, database: PlayedDatabase, can_follow: Callable[[Mark], Awaitable[object]]
+    ) -> None:
         """The newest backup that the journal can go on from takes the file's place."""
-        refused: Exception = FileChanged("there is no backup")
-        for image in reversed(self.file.backups):
+        refused: Exception = BackupRefused("there is no backup")
+        for image in reversed(self._file.backups):
             try:
                 await can_follow(mark_in(image))
             except (Gap, Mismatch) as error:
                 refused = error
                 continue
-            self.enter()
-            self.file.image, self.file.fault, self.file.foreign = image, None, False
+            await database.replace(image)
             return
         raise refused
-
-    async def close(self) -> None:
-        self._real.close()

@@ -357,12 +357,12 @@ class _Buffered:
 
 @defect("segment-dropped-early", "a segment stays until the database and a backup cover it", 100)
 def _(stack: ExitStack) -> None:
-    _instead(stack, played.DatabaseFile, "covered", lambda self, applied: 1 << 60)
+    _instead(stack, played.PlayedBackups, "covered", lambda self, applied: 1 << 60)
 
 
 @defect("segment-dropped-without-backup", "a segment stays until a backup covers it", 300)
 def _(stack: ExitStack) -> None:
-    _instead(stack, played.DatabaseFile, "covered", lambda self, applied: applied)
+    _instead(stack, played.PlayedBackups, "covered", lambda self, applied: applied)
 
 
 @defect("dropped-newest-first", "segments go the oldest first, each for good", 600)

@@ -31,7 +31,7 @@ from gwproxy.storage.journal import Journal, NotWritten, OutcomeUnknown
 from gwproxy.storage.segments import CHUNK_BYTES, JournalRefused
 from gwproxy.storage.verify import findings
 from tests.simulator import actors
-from tests.simulator.database import DatabaseFile, PlayedDatabase, empty
+from tests.simulator.database import DatabaseFile, PlayedBackups, PlayedDatabase, empty
 from tests.simulator.defects import planted
 from tests.simulator.disk import Disk, DiskFiles
 from tests.simulator.loop import Killed, Loop
@@ -334,7 +334,6 @@ class World:
                 raise
             self.say("refused:", error)
             return "refused"
-        store.writer._rebuild = life.database.rebuild
         life.store = store
         async with asyncio.TaskGroup() as group:
             store._start(group)
@@ -354,7 +353,7 @@ class World:
             )
             background = [
                 group.create_task(self._guard(actor, life))
-                for actor in (actors.weather, actors.retention, actors.clock)
+                for actor in (actors.weather, actors.clock)
             ]
             await self._guard(actors.directory, life)
             clients = [
@@ -411,10 +410,6 @@ class World:
                 and self.file.fault is None
             ):
                 return
-            self.file.back_up()
-            drop = store.journal.begin_drop(self.file.covered(store.writer.applied))
-            if drop is not None:
-                await actors.ticket(life, drop, store.journal.end_drop)
             await asyncio.sleep(1)
         raise Wrong(
             f"does not come to rest: owes {store.ledger.owes}, journal lost: {store.journal.lost}, "
@@ -544,7 +539,7 @@ OVERRIDES: Final[dict[str, dict[str, object]]] = {
 def _patched(world: World) -> Iterator[None]:
     """The seams that the gateway has no argument for, and the oracle's ears."""
     write, recover = Journal.write, Ledger.recover
-    kept = {name: getattr(real_store, name) for name in ("time", "secrets")}
+    kept = {name: getattr(real_store, name) for name in ("time", "secrets", "Backups", "BACKUP_LOOK_S")}
 
     def listening(journal: Journal, payload: bytes) -> None:
         oracle, life = world.oracle, world.life
@@ -584,6 +579,10 @@ def _patched(world: World) -> Iterator[None]:
     Ledger.recover = standing  # type: ignore[method-assign]
     real_store.time = _Time(world)  # type: ignore[attr-defined]
     real_store.secrets = _Secrets(world.random)  # type: ignore[attr-defined]
+    real_store.BACKUP_LOOK_S = 3.0  # type: ignore[misc]
+    real_store.Backups = (  # type: ignore[misc, assignment]
+        lambda folder, **how: PlayedBackups(world.file)
+    )
     try:
         yield
     finally:

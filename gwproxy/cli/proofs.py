@@ -1,0 +1,146 @@
+"""The promises, shown in seconds on the demo's own processes: a budget under a crowd, and the ledger
+across kill -9.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import Any, Final
+
+DOLLAR: Final = "mock/prose+len-100+delay-2500"
+"""A hundred tokens, after 2.5 s: time enough for a crowd to gather."""
+
+LONG: Final = "mock/prose+len-400+slow-20"
+"""Four hundred tokens in eight seconds."""
+
+PRICES: Final = f"""\
+[prices.models."{DOLLAR}"]
+input = "0"
+output = "10000"
+[prices.models."{LONG}"]
+input = "1000"
+output = "1000"
+"""
+"""A cent for each token of the first, a tenth of that for each of the second."""
+
+CROWD: Final = 50
+READ_EVENTS: Final = 25
+PATIENCE_S: Final = 30
+
+
+class NotShown(Exception):
+    """A promise could not be shown; the words say what happened instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The running demo. `restart` kills the gateway with -9 and starts it anew."""
+
+    address: str
+    config: Path
+    environ: dict[str, str]
+    admin: dict[str, str]
+    restart: Callable[[], None]
+
+    def ask(self, method: str, path: str, headers: dict[str, str], body: Any = None) -> Any:
+        status, answer = self.send(method, path, headers, body)
+        if status >= 300:
+            raise NotShown(f"{method} {path} was answered {status}: {json.dumps(answer)}")
+        return answer
+
+    def send(
+        self, method: str, path: str, headers: dict[str, str], body: Any = None
+    ) -> tuple[int, Any]:
+        connection = HTTPConnection(self.address, timeout=PATIENCE_S)
+        sent = {**headers, "Content-Type": "application/json"}
+        connection.request(method, path, None if body is None else json.dumps(body), sent)
+        response = connection.getresponse()
+        answer = response.read()
+        connection.close()
+        return response.status, json.loads(answer)
+
+    def key(self, user_id: str, **fields: str) -> dict[str, str]:
+        """A new user's key, as the header that carries it."""
+        self.ask("POST", "/admin/users", self.admin, {"user_id": user_id, **fields})
+        made = self.ask("POST", f"/admin/users/{user_id}/api-keys", self.admin, {})
+        return {"Authorization": f"Bearer {made['api_key']}"}
+
+
+def _chat(model: str, **fields: Any) -> dict[str, Any]:
+    return {"model": model, "messages": [{"role": "user", "content": "Go on."}], **fields}
+
+
+def show_budget(stage: Stage) -> None:
+    """Fifty calls at once, of a dollar each, on five dollars."""
+    bob = stage.key("bob", monthly_limit_usd="5")
+
+    def call(_: int) -> tuple[int, Any]:
+        return stage.send("POST", "/v1/chat/completions", bob, _chat(DOLLAR, max_tokens=100))
+
+    print(f"1. Exact. {CROWD} calls at once, a dollar each, by a user who may spend 5 USD a month:")
+    with ThreadPoolExecutor(CROWD) as crowd:
+        results = list(crowd.map(call, range(CROWD)))
+    statuses = Counter(status for status, _ in results)
+    refused = next((answer["error"] for status, answer in results if status == 429), None)
+    (user,) = [
+        scope for scope in stage.ask("GET", "/v1/usage", bob)["scopes"] if scope["scope"] == "user"
+    ]
+    print(
+        f"   admitted {statuses[200]}, refused {statuses[429]}, spent {user['month_usage_usd']} USD"
+    )
+    if refused is not None:
+        print(f"   a refusal: {refused['message']}")
+        figures = refused["gateway"]
+        print("              " + ", ".join(f"{name} {figures[name]}" for name in _SHOWN))
+    if statuses != {200: 5, 429: CROWD - 5} or user["month_usage_usd"] != "5.000000000":
+        raise NotShown("five of them should have been admitted, and five dollars spent")
+
+
+_SHOWN: Final = ("scope", "limit_usd", "settled_usd", "held_usd", "needed_usd")
+
+
+def show_recovery(stage: Stage) -> None:
+    """Kill the gateway in the middle of a stream and look what the next one makes of it."""
+    carol = stage.key("carol")
+    connection = HTTPConnection(stage.address, timeout=PATIENCE_S)
+    headers = {**carol, "Content-Type": "application/json"}
+    body = json.dumps(_chat(LONG, stream=True))
+    connection.request("POST", "/v1/chat/completions", body, headers)
+    response = connection.getresponse()
+    request_id = str(response.headers.get("x-request-id"))
+    seen = 0
+    for line in response:
+        seen += line.startswith(b"data: {")
+        if seen == READ_EVENTS:
+            break
+    print(f"\n2. Nothing lost. A stream of 400 tokens; after {seen} of them: kill -9.")
+    stage.restart()
+    try:
+        while response.readline():
+            pass  # what was under way when it died
+    except (HTTPException, OSError):
+        pass
+    connection.close()
+    found = stage.ask("GET", f"/v1/receipts/{request_id}", carol)
+    print(
+        f"   started again; its receipt: {found['outcome']}, {found['cost_usd']} USD of "
+        f"{found['held_usd']} USD held"
+    )
+    time.sleep(0.2)  # the database is a moment behind the journal
+    verified = subprocess.run(
+        [sys.executable, "-m", "gwproxy", "ledger", "verify", "--config", str(stage.config)],
+        env=stage.environ,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    print(f"   $ gwproxy ledger verify\n   {(verified.stdout or verified.stderr).strip()}")
+    if found["outcome"] != "recovered" or verified.returncode:
+        raise NotShown("the stream should have been recovered, and the ledger right")
