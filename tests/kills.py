@@ -17,7 +17,7 @@ import sqlite3
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from decimal import Decimal
@@ -100,8 +100,9 @@ class Life:
         return bool(self.url)
 
     def kill(self) -> None:
-        # The group: a tracer goes with it.
-        os.killpg(self.process.pid, signal.SIGKILL)
+        """At once, unless it has ended already."""
+        if self.process.returncode is None:
+            os.killpg(self.process.pid, signal.SIGKILL)  # the group: a tracer goes with it
 
     async def ended(self) -> int:
         async with asyncio.timeout(PATIENCE_S):
@@ -158,8 +159,7 @@ class Place:
         try:
             yield life
         finally:
-            if process.returncode is None:
-                life.kill()
+            life.kill()
             await life.ended()
 
 
@@ -326,6 +326,12 @@ class Client:
             assert response.status == 200, await response.text()
             return await response.json()
 
+    async def authenticates(self, key: str) -> bool:
+        url = f"{self.life.url}/v1/usage"
+        async with self.session.get(url, headers=bearer(key)) as response:
+            assert response.status in (200, 401), await response.text()
+            return response.status == 200
+
     async def held(self, user: str) -> int:
         """Nano-USD, the same on each of his own two accounts."""
         scopes = {each["scope"]: each for each in (await self.usage(user))["scopes"]}
@@ -342,6 +348,35 @@ def _hear(got: Got, line: bytes) -> None:
         for choice in event.get("choices", ()):
             if choice["delta"].get("content"):
                 got.tokens += 1
+
+
+@dataclass(slots=True)
+class Office:
+    """An administrator, who makes keys and revokes them. What he was told has to stay so."""
+
+    valid: list[tuple[str, str]]
+    """Keys and their ids."""
+    revoked: list[str]
+
+    async def work(self, client: Client, user: str) -> None:
+        """Until the gateway is gone."""
+        url = f"{client.life.url}/admin/users/{user}/api-keys"
+        with suppress(aiohttp.ClientError, ConnectionError):
+            while True:
+                async with client.session.post(url, json={}, headers=ADMIN) as response:
+                    made = await response.json()
+                    self.valid.append((made["api_key"], made["key_id"]))
+                if len(self.valid) > 3:
+                    key, key_id = self.valid.pop(0)
+                    async with client.session.delete(f"{url}/{key_id}", headers=ADMIN) as response:
+                        assert response.status == 204, await response.text()
+                        self.revoked.append(key)
+
+    async def assert_kept(self, client: Client) -> None:
+        for key, _ in self.valid:
+            assert await client.authenticates(key)
+        for key in self.revoked[-3:]:
+            assert not await client.authenticates(key)
 
 
 @asynccontextmanager
@@ -368,7 +403,7 @@ def explained(place: Place, **about: object) -> Iterator[None]:
     """Whatever fails inside tells where, and what stood last in the journal and in the log."""
     try:
         yield
-    except BaseException as error:
+    except Exception as error:
         lines = [line for path in sorted(place.journal.glob("*.journal")) for line in written(path)]
         log = place.log.read_text().splitlines() if place.log.exists() else []
         error.add_note("\n".join([repr(about), place.folder.name, *lines[-12:], *log[-8:]]))
@@ -381,17 +416,23 @@ def written(segment: Path) -> list[str]:
     return [f"{segment.name}: {line}" for line in text.splitlines()]
 
 
-async def assert_settled(client: Client, before: Iterable[Got]) -> None:
-    """A gateway that has just started: nothing is held, and every client finds what became of each
-    request of the life before that he knows of."""
+async def assert_settled(client: Client, before: Sequence[Got]) -> None:
+    """A gateway that has just started: nothing is held, and every client finds what became of the
+    requests of the life before: of all that were cut, and of the last that were not."""
     for user in client.place.keys:
         usage = await client.usage(user)
         assert [each["held_usd"] for each in usage["scopes"]] == ["0.000000000"] * 3
         assert all(each["outcome"] for each in usage["requests"])
-    for got in before:
-        if got.request_id and got.status == 200:
-            receipt = await client.receipt(got.user, got.request_id)
-            assert_charged(got, receipt["outcome"], nanos(receipt["cost_usd"]), receipt)
+    answered = [got for got in before if got.status == 200]
+    cut = [got for got in answered if not got.whole]
+    for got in (*cut, *answered[-10:]):
+        receipt = await client.receipt(got.user, got.request_id)
+        assert_charged(got, receipt["outcome"], nanos(receipt["cost_usd"]), receipt)
+
+
+def record_of(file: Path) -> list[dict[str, Any]]:
+    """The upstream's own record, as it wrote it down line by line."""
+    return [json.loads(line) for line in file.read_bytes().splitlines()]
 
 
 def assert_charged(got: Got, outcome: str, cost: int, about: object) -> None:

@@ -80,7 +80,7 @@ class Running:
         self.home = home
         # A port of its own, so that these tests do not mind what else runs here.
         self.process = subprocess.Popen(
-            [*DEMO, "--port", "0"],
+            [*DEMO, "--port", "0", "--quick"],
             env=home.environ,
             cwd=home.home,
             stdout=subprocess.PIPE,
@@ -180,10 +180,10 @@ def test_it_shows_a_chat_and_how_to_go_on(home: Home) -> None:
 
 def test_a_second_run_works_as_the_first(home: Home) -> None:
     with taken_port() as port:
-        first = home.once("--port", str(port))
+        first = home.once("--quick", "--port", str(port))
         assert f"port {port} is taken" in first.stdout
         assert f"http://127.0.0.1:{port}" not in first.stdout
-    second = home.once("--port", str(port))
+    second = home.once("--quick", "--port", str(port))
     assert f"gateway   http://127.0.0.1:{port}\n" in second.stdout
     for ran in (first, second):
         assert (ran.returncode, ran.stderr) == (0, "")
@@ -211,7 +211,7 @@ def test_settings_of_another_gateway_do_not_disturb_it(home: Home, tmp_path: Pat
         "STATE_DIRECTORY": str(state),
         "OPENAI_BASE_URL": "http://192.0.2.1/v1",
     }
-    ran = home.once()
+    ran = home.once("--quick")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert SAID in ran.stdout
     assert "a-real-one" not in ran.stdout

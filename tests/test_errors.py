@@ -24,6 +24,8 @@ CALLERS = "invalid_request_error"
 TABLE = {
     errors.GatewayError: (500, "server_error", None),
     errors.InvalidApiKey: (401, CALLERS, "invalid_api_key"),
+    errors.RateLimited: (429, "rate_limit_exceeded", "rate_limit_exceeded"),
+    errors.InsufficientQuota: (429, "insufficient_quota", "insufficient_quota"),
     errors.AccountSuspended: (403, "permission_error", "account_suspended"),
     errors.InvalidRequest: (400, CALLERS, "invalid_value"),
     errors.ModelNotFound: (404, CALLERS, "model_not_found"),
@@ -44,7 +46,8 @@ TABLE = {
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
 def test_each_refusal_has_its_status_its_type_and_its_code(kind: type[GatewayError]) -> None:
-    error = kind("Public words.")
+    more = {"scope": "user"} if kind is errors.InsufficientQuota else {}
+    error = kind("Public words.", **more)
     # A class that the table does not know is of somebody's who adds it: its own line is due then.
     if kind in TABLE:
         assert (error.status, error.type, error.code) == TABLE[kind]

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from math import inf
 from pathlib import Path
 from random import Random
 
@@ -18,13 +19,13 @@ import pytest
 import pytest_asyncio
 
 from gwproxy.demo import DemoUpstream
-from gwproxy.core.holds import FIRST_OUTPUT
+from tests.harness import UPSTREAM_TOKEN
 from tests.kills import (
     OUTPUT_NANOS,
     PATIENCE_S,
     Client,
     Got,
-    Life,
+    Office,
     Place,
     assert_books,
     assert_settled,
@@ -33,12 +34,12 @@ from tests.kills import (
     found,
     nanos,
     never_accepting,
+    record_of,
     stricken,
     watched,
     why_no_tracing,
 )
 from tests.scene import until
-from tests.sdk import demo_upstream
 
 pytestmark = pytest.mark.timeout(400)  # many starts, on a machine that may be busy
 
@@ -47,7 +48,7 @@ traced = pytest.mark.skipif(bool(why_no_tracing()), reason=why_no_tracing())
 
 @pytest_asyncio.fixture
 async def demo(tmp_path: Path) -> AsyncIterator[DemoUpstream]:
-    demo = demo_upstream()
+    demo = DemoUpstream(token=UPSTREAM_TOKEN, record_file=tmp_path / RECORD)
     await demo.start()
     yield demo
     await demo.stop()
@@ -58,6 +59,8 @@ def closed() -> Iterator[int]:
     with never_accepting() as port:
         yield port
 
+
+RECORD = "record.jsonl"
 
 # -- at each step ----------------------------------------------------------------------------------
 
@@ -177,10 +180,90 @@ async def settled_after(place: Place, before: Sequence[Got]) -> dict[str, str]:
             costs[step.user] = receipt["cost_usd"]
             cost, held = nanos(receipt["cost_usd"]), nanos(receipt["held_usd"])
             assert cost < held if step.charge is Charge.MARK else cost == held, step
-            if step.charge is Charge.RAISED:
-                assert cost > FIRST_OUTPUT * OUTPUT_NANOS, step
+            assert cost >= step.tokens * OUTPUT_NANOS, step
             for scope in usage["scopes"][:2]:
                 assert scope["month_usage_usd"] == receipt["cost_usd"], step
                 assert scope["request_count"] == 1, step
         await life.stop()
     return costs
+
+
+# -- at any moment ---------------------------------------------------------------------------------
+
+LIMITS = {"ann": None, "ben": None, "poor": "0.02"}
+"""Dollars a month. The last one's are soon spent."""
+
+WISHES: tuple[tuple[int, str], ...] = (
+    (30, "mock/prose"),
+    (10, "mock/prose+slow-5"),
+    (6, "mock/prose+len-700+slow-1"),
+    (4, "mock/prose+len-1800"),
+    (4, "deepseek/deepseek-chat+slow-2"),
+    (4, "mock/prose+status-503"),
+    (4, "second"),
+    (4, "third"),
+    (3, "mock/prose+reset-after-3"),
+    (2, "mock/prose+stall-before-headers"),
+    (2, "mock/prose+stall-after-7"),
+    (1, "closed/any"),
+)
+"""What the clients ask for, and how often."""
+
+
+async def ask_on(client: Client, random: Random, users: Sequence[str]) -> None:
+    """One user after another, until the gateway is gone."""
+    weights, models = zip(*WISHES, strict=True)
+    while True:
+        (model,) = random.choices(models, weights)
+        user, stream = random.choice(users), random.random() < 0.6
+        leaves = random.randint(1, 9) if stream and "slow" in model and random.random() < 0.2 else 0
+        got = await client.ask(user, model, stream, leaves_after=leaves)
+        if not got.status:
+            return
+
+
+async def kill_under_load(
+    place: Place, demo: DemoUpstream, *, seed: int, rounds: int, until_s: float = inf
+) -> None:
+    """Lives that end at random moments, some before they are ready; then the sums."""
+    random = Random(seed)
+    loop = asyncio.get_running_loop()
+    got: list[Got] = []
+    before: list[Got] = []
+    office = Office([], [])
+    start_s = 1.0
+    for number in range(rounds + 1):
+        is_last = number == rounds or loop.time() > until_s
+        in_its_start = not is_last and random.random() < 0.25
+        with explained(place, seed=seed, round=number):
+            async with place.life() as life, clients(place, life) as client:
+                if in_its_start:
+                    await asyncio.sleep(random.uniform(0.4, 1.0) * start_s)
+                    life.kill()
+                    continue
+                began = loop.time()
+                assert await life.ready()
+                start_s = loop.time() - began
+                await assert_settled(client, before)
+                await office.assert_kept(client)
+                if is_last:
+                    await life.stop()
+                    break
+                loop.call_later(random.uniform(0.0, 0.9), life.kill)
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(office.work(client, "ann"))
+                    for _ in range(10):
+                        group.create_task(ask_on(client, random, list(place.keys)))
+                before = client.got
+                got += before
+    await demo.stop()  # all that it was still busy with is in its record now
+    with explained(place, seed=seed):
+        counts = assert_books(place, record_of(place.folder.parent / RECORD), got)
+    print(seed, number, counts, len(got))
+
+
+async def test_whenever_it_is_killed_under_load_the_books_are_right(
+    tmp_path: Path, demo: DemoUpstream, closed: int
+) -> None:
+    place = await found(tmp_path / "killed", demo, closed, LIMITS)
+    await kill_under_load(place, demo, seed=1, rounds=6)

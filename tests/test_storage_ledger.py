@@ -20,7 +20,7 @@ from gwproxy.core.period import periods
 from gwproxy.core.records import Adjust, Admin, Alert, Close, decode
 from gwproxy.storage import directory
 from gwproxy.storage.database import CHECKPOINT_BYTES, Database
-from gwproxy.storage.ledger import LOADED_MS, begin_epoch, load_state, read_mark
+from gwproxy.storage.ledger import LOADED_MS, begin_epoch, load_state, read_mark, retry_after_s
 from gwproxy.storage.verify import verify
 from tests.ledgers import (
     DAY,
@@ -773,6 +773,31 @@ async def test_its_task_tries_again_with_growing_pauses_and_a_stop_does_not_wait
         stopping.set()
         writer.wake()
     assert writer.applied == 4
+
+
+def test_the_pauses_between_tries_grow_to_a_second_and_no_further():
+    pauses = [retry_after_s(failures) for failures in (1, 2, 3, 4, 5, 100_000)]
+    assert pauses == [0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
+
+
+async def test_under_load_it_makes_few_commits_and_the_first_one_at_once(place):
+    faulty = Faulty(place.database)
+    commits = []
+    faulty.before = lambda: commits.append(place.live.state.lsn)
+    writer = place.writer(faulty, breathe=lambda: asyncio.sleep(0))
+    stopping = asyncio.Event()
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        group.create_task(writer.run(stopping))
+        await asyncio.sleep(0)
+        for _ in range(100):
+            place.live.requests(1)
+            writer.wake()
+            await asyncio.sleep(0.002)
+        stopping.set()
+        writer.wake()
+    assert writer.applied == 200
+    assert commits[0] < 20
+    assert len(commits) < 20
 
 
 async def test_its_task_looks_at_the_file_while_there_is_nothing_to_do(place):

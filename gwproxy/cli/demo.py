@@ -86,6 +86,7 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
         "--port", type=int, default=PORT, help=f"default {PORT}, or a free one if that is taken"
     )
     demo.add_argument("--once", action="store_true", help="stop after what is to be seen")
+    demo.add_argument("--quick", action="store_true", help="show the chat alone")
     demo.set_defaults(func=run)
     upstream = subparsers.add_parser(
         "demo-upstream",
@@ -192,8 +193,9 @@ def _run(args: argparse.Namespace, folder: Path, stack: contextlib.ExitStack) ->
 
     stage = Stage(url.removeprefix("http://"), config, environ, admin, restart)
     print(f"  {_receipt(stage, key, str(headers.get('x-request-id')))}\n")
-    show_budget(stage)
-    show_recovery(stage)
+    if not args.quick:
+        show_budget(stage)
+        show_recovery(stage)
     print(
         f"""
 Try it yourself:

@@ -5,7 +5,6 @@ between a decision and its effect.
 """
 
 import asyncio
-import contextlib
 import enum
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from gwproxy.core.trace import Trace
 from gwproxy.core.usage import Usage
 from gwproxy.state.accounts import Accounts, Figures, tightest
 from gwproxy.state.keyring import Keyring
-from gwproxy.state.ledger import Ledger, RecordUncertain
+from gwproxy.state.ledger import Ledger
 from gwproxy.state.rates import Admission
 
 EXACT_PROMPT_BYTES: Final = 256 * 1024
@@ -505,8 +504,7 @@ class Reservation:
         if raising and own > self._kept(hold, account):
             holds = self._holds(hold, max(hold.amount, cost), account, own)
         record = Mark(**ledger.stamp(), r=self.lsn, tokens=output, cost=cost, holds=holds)
-        with contextlib.suppress(RecordUncertain):  # it counts
-            ledger.post(record)
+        ledger.post(record)  # of unknown outcome it counts, and allows for nothing
         self.mark = units
 
     def _holds(self, hold: Hold, amount: int, provider: Account, own: int) -> tuple[Held, ...]:

@@ -37,7 +37,8 @@ class Upkeep:
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="journal")
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
         self._wanted = asyncio.Event()
-        self._began_at: float | None = None
+        self._unsynced_since: float | None = None
+        """Since when something has been written and no sync has succeeded."""
         self._was_lost: str | None = None
 
     async def durable(self, lsn: int) -> None:
@@ -62,9 +63,9 @@ class Upkeep:
         ticket = journal.begin_sync()
         if ticket is None:
             return
-        self._began_at = self._now()
         async with self._thread(ticket) as error:
-            self._began_at = None
+            if error is None:
+                self._unsynced_since = None
             journal.end_sync(ticket, error)
         self._release()
         if error is not None:
@@ -121,8 +122,12 @@ class Upkeep:
     async def _watch(self) -> None:
         journal = self._journal
         while True:
-            began = self._began_at
-            if began is not None and self._now() - began > STALLED_AFTER_S:
+            if journal.synced == journal.next_lsn - 1:
+                self._unsynced_since = None
+            elif self._unsynced_since is None:
+                self._unsynced_since = self._now()
+            # Whatever keeps it: one sync that hangs, one after the other that fails, no segment.
+            elif self._now() - self._unsynced_since > STALLED_AFTER_S:
                 journal.stalled = f"the disk has not synced for {STALLED_AFTER_S:g} seconds"
             lost = journal.lost
             if lost != self._was_lost:

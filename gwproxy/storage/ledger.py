@@ -76,8 +76,12 @@ BACK_WITHIN_S: Final = 1.0
 REBUILD_EVERY_S: Final = 3600.0
 """On a disk that damages one file after another each rebuilding would leave a file set aside."""
 
+REST_S: Final = 0.05
+"""After a commit, unless it was a full one. The first record after a silence is committed at once;
+a thousand a second would make hundreds of commits, each of them dearer than its records."""
+
 LOOK_EVERY_S: Final = 1.0
-FIRST_RETRY_S: Final = 0.05
+FIRST_RETRY_S: Final = 0.1
 
 _PAGE: Final = 500
 _ROWS: Final = 32
@@ -295,13 +299,13 @@ class _Insert:
 
     def __call__(self, connection: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> None:
         whole = len(rows) - len(rows) % _ROWS
-        assert_in_transaction(connection)
-        connection.executemany(
-            self._many,
-            (tuple(chain.from_iterable(rows[i : i + _ROWS])) for i in range(0, whole, _ROWS)),
-        )
-        assert_in_transaction(connection)
-        connection.executemany(self._one, rows[whole:])
+        several = (tuple(chain.from_iterable(rows[i : i + _ROWS])) for i in range(0, whole, _ROWS))
+        if whole:
+            assert_in_transaction(connection)
+            connection.executemany(self._many, several)
+        if whole < len(rows):
+            assert_in_transaction(connection)
+            connection.executemany(self._one, rows[whole:])
 
 
 # Lines and requests come once: a second one of the same name is a fault, and is not passed over.
@@ -363,10 +367,10 @@ def write(connection: sqlite3.Connection, batch: Batch, state: State, mark: Mark
     _put_balances(
         connection, [_balance_row(k, balances[k]) for k in batch.balances if k in balances]
     )
-    assert_in_transaction(connection)
-    connection.executemany(
-        "DELETE FROM balance WHERE account = ? AND period = ?", batch.balances - balances.keys()
-    )
+    archived = batch.balances - balances.keys()
+    if archived:
+        assert_in_transaction(connection)
+        connection.executemany("DELETE FROM balance WHERE account = ? AND period = ?", archived)
     for record, entries in batch.others:
         _write_other(connection, record, entries)
 
@@ -380,9 +384,11 @@ def write(connection: sqlite3.Connection, batch: Batch, state: State, mark: Mark
 
 def _each(connection: sqlite3.Connection, sql: str, rows: Sequence[Sequence[Any]]) -> None:
     """Do `sql` for every row; each time it has to find one row to change."""
+    if not rows:
+        return
     assert_in_transaction(connection)
     cursor = connection.executemany(sql, rows)
-    if rows and cursor.rowcount != len(rows):
+    if cursor.rowcount != len(rows):
         raise Mismatch(
             f"{len(rows) - cursor.rowcount} rows are missing: {' '.join(sql.split()[:3])}"
         )
@@ -549,6 +555,12 @@ def _diagnose(error: BaseException) -> _Fault:
             return _Fault(f"{type(error).__name__}: {error}")
 
 
+def retry_after_s(failures: int) -> float:
+    """Twice as long after each, up to a second."""
+    doublings = min(failures - 1, 10)  # a disk may stay full for days
+    return min(FIRST_RETRY_S * 2**doublings, LOOK_EVERY_S)
+
+
 @dataclass(slots=True)
 class _Place:
     """Where the writer stands."""
@@ -628,8 +640,8 @@ class Writer:
             await self._database.reopen(check=fault.damaged)
         mark = await read_mark(self._database)
         cursor = await self._find(mark)
-        state = await load_state(self._database, breathe=self._breathe)
         self.applied = mark.lsn
+        state = await load_state(self._database, breathe=self._breathe)
         return _Place(state, cursor, _since(state.t))
 
     async def _find(self, mark: Mark) -> Cursor:
@@ -727,7 +739,7 @@ class Writer:
         self._woken.set()
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Commit whatever comes, at once; after `stopping`, what is there, if that still works."""
+        """Commit whatever comes; after `stopping`, what is there, if that still works."""
         loop = asyncio.get_running_loop()
         timer: asyncio.TimerHandle
 
@@ -742,15 +754,19 @@ class Writer:
         try:
             while True:
                 self._woken.clear()
-                if await self.step():
+                count = await self.step()
+                if count == MOST_RECORDS or (count and stopping.is_set()):
                     continue
                 if stopping.is_set():
                     return
-                if self._failures:
-                    delay_s = min(FIRST_RETRY_S * 2**self._failures, LOOK_EVERY_S)
-                    with suppress(TimeoutError):
-                        await asyncio.wait_for(stopping.wait(), delay_s)
+                if count:
+                    pause_s = REST_S
+                elif self._failures:
+                    pause_s = retry_after_s(self._failures)
                 else:
                     await self._woken.wait()
+                    continue
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(stopping.wait(), pause_s)
         finally:
             timer.cancel()

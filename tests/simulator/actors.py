@@ -378,7 +378,6 @@ def whole(
         meter.observe_answer(answer)
     call.ended = "finished"
     reservation.settle()
-    call.relayed = call.said
 
 
 async def relay(
