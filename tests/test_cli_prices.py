@@ -431,6 +431,25 @@ def test_set_refuses_what_the_configuration_would(
     assert run("set", "mock/echo", *PRICE) == 2
 
 
+def test_an_edit_that_would_change_anything_else_is_not_written(file: Path) -> None:
+    config = load(file, {})
+    row = {"input": Decimal(1), "output": Decimal(2), "reasons": False}
+    own = '[prices.models."mock/echo"]\ninput = "1"\noutput = "2"\n'
+    draft = file.with_name("draft.toml")
+    draft.write_text(LOCAL + own)
+    assert command._checked(draft, config, "mock/echo", row).prices.models.keys() == {"mock/echo"}
+    for text in (
+        LOCAL + own.replace("echo", "ohce"),
+        LOCAL + own.replace("2", "3"),
+        LOCAL.replace("9000", "9001") + own,
+        LOCAL + own + own.replace("echo", "other"),
+        LOCAL + own + "[limits]\nmax_connections = 7\n",
+    ):
+        draft.write_text(text)
+        with pytest.raises(ValueError, match="by hand"):
+            command._checked(draft, config, "mock/echo", row)
+
+
 def test_a_file_that_somebody_else_changes_meanwhile_is_left_to_them(file: Path) -> None:
     config = load(file, {})
 

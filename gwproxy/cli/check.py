@@ -97,8 +97,8 @@ def lines(config: Config) -> list[str]:
     text = [f"{name:<{width}}  {value}" for name, value in rows]
     text += [f"warning: {warning}" for warning in config.warnings]
     text.append(
-        "note: this version does not enforce providers' requests a minute and daily budgets, "
-        "the breaker and the failure mode, and keeps no journal and no backups"
+        "note: this version does not enforce providers' requests a minute, rpm_ceiling and "
+        "the breaker"
     )
     return [*text, "The configuration is fine."]
 

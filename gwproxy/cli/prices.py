@@ -46,8 +46,7 @@ History = Sequence[Price]
 Figures = tuple[int, int, int, int]
 """Pico-USD per token, in the order of the columns."""
 
-_COLUMNS = ("INPUT", "CACHE READ", "CACHE WRITE", "OUTPUT")
-_HEAD = ("USD PER MILLION TOKENS", *_COLUMNS, "")
+_HEAD = ("USD PER MILLION TOKENS", "INPUT", "CACHE READ", "CACHE WRITE", "OUTPUT", "")
 
 
 class _Refused(Exception):

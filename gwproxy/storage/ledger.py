@@ -558,7 +558,7 @@ def _diagnose(error: BaseException) -> _Fault:
 def retry_after_s(failures: int) -> float:
     """Twice as long after each, up to a second."""
     doublings = min(failures - 1, 10)  # a disk may stay full for days
-    return min(FIRST_RETRY_S * 2**doublings, LOOK_EVERY_S)
+    return min(FIRST_RETRY_S * (1 << doublings), LOOK_EVERY_S)
 
 
 @dataclass(slots=True)
