@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from decimal import Decimal
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from aiohttp.test_utils import TestClient
 from gwproxy.demo import DemoUpstream
 from gwproxy.storage.files import OS_FILES
 from gwproxy.storage.scan import boot_id, scan
+from gwproxy.storage.segments import segment_name
 from gwproxy.storage.verify import findings
 from tests.harness import ADMIN, ADMIN_KEY, UPSTREAM_TOKEN, Gateway, bearer, make_key
 from tests.sdk import config
@@ -172,7 +174,7 @@ async def found(
     folder: Path, demo: DemoUpstream, closed: int, limits: Mapping[str, str | None]
 ) -> Place:
     """A new ledger: a user for each name, with a key and his monthly limit in dollars."""
-    folder.mkdir()
+    folder.mkdir()  # noqa: ASYNC240 (one of a test's own)
     text = config(demo, "cloudflare-compat", _UPSTREAM) + _MORE.format(closed=closed)
     keys = {}
     async with TestClient(Gateway(folder, text)) as client:
@@ -185,7 +187,7 @@ async def found(
 
 @contextmanager
 def never_accepting() -> Iterator[int]:
-    """A port to which every connection stays half open: its queue is full, and nobody empties it."""
+    """A port to which every connection stays half open: the queue is full, and stays so."""
     with socket.socket() as listening, socket.socket() as first:
         listening.bind(("127.0.0.1", 0))
         listening.listen(0)
@@ -197,6 +199,23 @@ def never_accepting() -> Iterator[int]:
 # -- death by system call --------------------------------------------------------------------------
 
 
+class Where(Enum):
+    """Some of the files of a ledger."""
+
+    JOURNAL = "the segments that are there, and the next ones"
+    SEGMENT = "the next segment that a start will write to, not the one with what was inherited"
+    LOG = "SQLite's write-ahead log"
+
+    def files(self, place: Place) -> list[Path]:
+        if self is Where.LOG:
+            return [place.folder / "gwproxy.db-wal"]
+        there = sorted(place.journal.glob("*.journal"))
+        last = int(there[-1].stem)
+        if self is Where.SEGMENT:
+            return [place.journal / segment_name(last + 2)]
+        return there + [place.journal / segment_name(last + 1 + i) for i in range(9)]
+
+
 @functools.cache
 def why_no_tracing() -> str:
     """Why strace cannot be used on this machine; empty if it can."""
@@ -206,39 +225,45 @@ def why_no_tracing() -> str:
     return "" if ran.returncode == 0 else f"strace cannot trace here: {ran.stderr.strip()}"
 
 
-def strike(call: str, when: int) -> list[str]:
-    """Arguments of strace that let the traced process be killed when one of its threads is about
-    to make this system call for the `when`th time."""
-    inject = f"inject={call}:signal=SIGKILL:when={when}"
-    return ["-qq", "-o", "/dev/null", "-e", f"trace={call}", "-e", inject]
+@dataclass(frozen=True)
+class Strike:
+    """Death of the process when one of its threads is about to make a system call for the
+    `when`th time, counted for each thread; where `where` is given, on its files alone."""
 
+    call: str
+    when: int
+    where: Where | None = None
 
-def stricken(call: str, when: int) -> list[str]:
-    """A command in front of another one, which is so killed, counted from its start. The tracer
-    is a child of its child (-D), so that the process is the same as without it."""
-    return ["strace", "-D", "-f", *strike(call, when)]
+    def tracer(self, place: Place) -> list[str]:
+        """The command up to what is to be traced."""
+        inject = f"inject={self.call}:signal=SIGKILL:when={self.when}"
+        command = ["strace", "-f", "-o", "/dev/null", "-e", f"trace={self.call}", "-e", inject]
+        for path in self.where.files(place) if self.where else ():
+            command += ["-P", str(path)]
+        return command
 
+    def from_the_start(self, place: Place) -> list[str]:
+        """What to put in front of a command. The tracer is a child of its child (-D): the process
+        is the same as without it."""
+        return [*self.tracer(place), "-qq", "-D"]
 
-@asynccontextmanager
-async def watched(life: Life, call: str, when: int, *, every_thread: bool) -> AsyncIterator[None]:
-    """The same from now on, in all threads or in that of the event loop alone."""
-    threads = ["-f"] if every_thread else []
-    arguments = [each for each in strike(call, when) if each != "-qq"]
-    tracer = await asyncio.create_subprocess_exec(
-        *("strace", *threads, "-p", str(life.process.pid), *arguments),
-        stderr=asyncio.subprocess.PIPE,
-        preexec_fn=_dies_with_its_parent,
-    )
-    try:
-        assert tracer.stderr is not None
-        async with asyncio.timeout(PATIENCE_S):
-            said = await tracer.stderr.readline()
-        assert b"attached" in said, said
-        yield
-    finally:
-        with suppress(ProcessLookupError):
-            tracer.kill()
-        await tracer.wait()
+    @asynccontextmanager
+    async def from_now_on(self, place: Place, life: Life) -> AsyncIterator[None]:
+        tracer = await asyncio.create_subprocess_exec(
+            *(*self.tracer(place), "-p", str(life.process.pid)),
+            stderr=asyncio.subprocess.PIPE,
+            preexec_fn=_dies_with_its_parent,
+        )
+        try:
+            assert tracer.stderr is not None
+            async with asyncio.timeout(PATIENCE_S):
+                said = await tracer.stderr.readline()
+            assert b"attached" in said, said
+            yield
+        finally:
+            with suppress(ProcessLookupError):
+                tracer.kill()
+            await tracer.wait()
 
 
 # -- clients ---------------------------------------------------------------------------------------

@@ -5,12 +5,13 @@ Real processes on real files. The upstream's own record is what is believed.
 """
 
 import asyncio
-import os
 import shutil
-import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+import signal
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum
+from itertools import cycle
 from math import inf
 from pathlib import Path
 from random import Random
@@ -27,6 +28,8 @@ from tests.kills import (
     Got,
     Office,
     Place,
+    Strike,
+    Where,
     assert_books,
     assert_settled,
     clients,
@@ -35,8 +38,6 @@ from tests.kills import (
     nanos,
     never_accepting,
     record_of,
-    stricken,
-    watched,
     why_no_tracing,
 )
 from tests.scene import until
@@ -120,6 +121,18 @@ async def park(client: Client, step: Step, demo: DemoUpstream) -> None:
         await until(lambda: got.usage, PATIENCE_S)
 
 
+@asynccontextmanager
+async def all_parked(client: Client, demo: DemoUpstream) -> AsyncIterator[None]:
+    """Within, one request stands at each step; inside it the gateway has to be killed."""
+    async with asyncio.TaskGroup() as group:
+        for step in STEPS:
+            group.create_task(client.ask(step.user, step.model, step.stream, most=step.most))
+        async with asyncio.TaskGroup() as parking:
+            for step in STEPS:
+                parking.create_task(park(client, step, demo))
+        yield
+
+
 async def test_killed_at_any_step_each_request_is_charged_once_for_what_was_sent_at_the_most(
     tmp_path: Path, demo: DemoUpstream, closed: int
 ) -> None:
@@ -129,12 +142,7 @@ async def test_killed_at_any_step_each_request_is_charged_once_for_what_was_sent
     shutil.copy(place.database, older)
     async with place.life() as life, clients(place, life) as client:
         assert await life.ready()
-        async with asyncio.TaskGroup() as group:
-            for step in STEPS:
-                group.create_task(client.ask(step.user, step.model, step.stream, most=step.most))
-            async with asyncio.TaskGroup() as parking:
-                for step in STEPS:
-                    parking.create_task(park(client, step, demo))
+        async with all_parked(client, demo):
             whole = [
                 await client.ask("settled", "mock/prose", True),
                 await client.ask("settled", "mock/prose", False),
@@ -267,3 +275,156 @@ async def test_whenever_it_is_killed_under_load_the_books_are_right(
 ) -> None:
     place = await found(tmp_path / "killed", demo, closed, LIMITS)
     await kill_under_load(place, demo, seed=1, rounds=6)
+
+
+@pytest.mark.slow
+async def test_however_often_it_is_killed_under_load_the_books_are_right(
+    tmp_path: Path, demo: DemoUpstream, closed: int
+) -> None:
+    place = await found(tmp_path / "killed", demo, closed, LIMITS)
+    until_s = asyncio.get_running_loop().time() + 180
+    await kill_under_load(place, demo, seed=Random().randrange(10**9), rounds=40, until_s=until_s)
+
+
+# -- before a system call --------------------------------------------------------------------------
+
+TRAFFIC = (
+    ("mock/prose", False),
+    ("mock/prose", True),
+    ("third", True),
+    ("mock/prose+status-503", False),
+    ("mock/prose+len-300", True),
+)
+
+
+async def traffic(client: Client, user: str) -> None:
+    """The same requests again and again, until the gateway is gone."""
+    for model, stream in cycle(TRAFFIC):
+        if not (await client.ask(user, model, stream)).status:
+            return
+
+
+async def strike_again_and_again(
+    place: Place, demo: DemoUpstream, strikes: Iterable[Strike]
+) -> None:
+    """A life for each strike; then the sums."""
+    got: list[Got] = []
+    before: list[Got] = []
+    for strike in (*strikes, None):
+        with explained(place, strike=strike):
+            async with place.life() as life, clients(place, life) as client:
+                assert await life.ready()
+                await assert_settled(client, before)
+                if strike is None:
+                    await life.stop()
+                    break
+                async with strike.from_now_on(place, life), asyncio.TaskGroup() as group:
+                    for user in place.keys:
+                        group.create_task(traffic(client, user))
+                assert await life.ended() == -signal.SIGKILL
+            before = client.got
+            got += before
+    await demo.stop()
+    with explained(place):
+        counts = assert_books(place, record_of(place.folder.parent / RECORD), got)
+    print(counts, len(got))
+
+
+@traced
+@pytest.mark.parametrize(
+    "strikes",
+    [
+        [Strike("pwrite64", when, Where.JOURNAL) for when in range(1, 13)],
+        [Strike("pwrite64", when, Where.LOG) for when in (1, 2, 3, 8, 12)],
+        [Strike("fdatasync", when) for when in (1, 2, 3)],
+    ],
+    ids=["journal", "database", "sync"],
+)
+async def test_killed_before_any_of_its_first_writes_the_books_are_right(
+    tmp_path: Path, demo: DemoUpstream, closed: int, strikes: list[Strike]
+) -> None:
+    place = await found(tmp_path / "killed", demo, closed, {"ann": None, "ben": None})
+    await strike_again_and_again(place, demo, strikes)
+
+
+@traced
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+async def test_killed_before_any_later_write_the_books_are_right(
+    tmp_path: Path, demo: DemoUpstream, closed: int
+) -> None:
+    place = await found(tmp_path / "killed", demo, closed, {"ann": None, "ben": None})
+    strikes = [Strike("pwrite64", when, Where.JOURNAL) for when in range(13, 60, 3)]
+    strikes += [Strike("pwrite64", when, Where.LOG) for when in range(13, 120, 7)]
+    strikes += [Strike("fdatasync", when) for when in range(4, 12)]
+    # With these the first segment is full, and the next one is being written to or prepared.
+    strikes += [Strike("fallocate", 1), Strike("fsync", 1), Strike("fsync", 2)]
+    await strike_again_and_again(place, demo, strikes)
+
+
+# -- while it recovers -----------------------------------------------------------------------------
+
+
+async def left_open(place: Place, demo: DemoUpstream) -> list[Got]:
+    """Kill it in the middle of one request for each step."""
+    async with place.life() as life, clients(place, life) as client:
+        assert await life.ready()
+        async with all_parked(client, demo):
+            life.kill()
+        await life.ended()
+    return client.got
+
+
+async def strike_its_recovery(place: Place, strikes: Iterable[Strike], times: int) -> None:
+    """Each so many times in a row."""
+    for strike in strikes:
+        for _ in range(times):
+            with explained(place, strike=strike):
+                async with place.life(*strike.from_the_start(place)) as life:
+                    if not await life.ready():
+                        assert await life.ended() == -signal.SIGKILL
+
+
+@traced
+async def test_killed_while_it_recovers_it_recovers_the_next_time(
+    tmp_path: Path, demo: DemoUpstream, closed: int
+) -> None:
+    place = await found(tmp_path / "killed", demo, closed, {step.user: "1" for step in STEPS})
+    got = await left_open(place, demo)
+    strikes = [Strike("pwrite64", when, Where.JOURNAL) for when in (1, 2, 3)]
+    strikes += [Strike("pwrite64", 1, Where.LOG), Strike("pwrite64", 4, Where.SEGMENT)]
+    await strike_its_recovery(place, strikes, 2)
+    await settled_after(place, got)
+    with explained(place):
+        counts = assert_books(place, demo.record, got)
+    assert counts == {"recovered": len(STEPS)}
+
+
+@traced
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("call", "where", "times"),
+    [
+        ("pwrite64", Where.JOURNAL, 16),
+        ("pwrite64", Where.LOG, 14),
+        ("pwrite64", None, 10),
+        ("fdatasync", None, 3),
+        ("fsync", None, 12),
+        ("ftruncate", None, 6),
+        ("fallocate", None, 3),
+        ("unlink", None, 2),
+        ("rename", None, 1),
+    ],
+)
+async def test_killed_before_any_call_of_its_recovery_it_recovers_the_next_time(
+    tmp_path: Path, demo: DemoUpstream, closed: int, call: str, where: Where | None, times: int
+) -> None:
+    place = await found(tmp_path / "killed", demo, closed, {step.user: "1" for step in STEPS})
+    got = await left_open(place, demo)
+    strikes = [Strike(call, when, where) for when in range(1, times + 1)]
+    await strike_its_recovery(place, strikes, 2)
+    await settled_after(place, got)
+    with explained(place):
+        counts = assert_books(place, demo.record, got)
+    assert counts == {"recovered": len(STEPS)}

@@ -110,14 +110,21 @@ class Recent:
 class Ledger:
     """The state and the journal that it is recorded in."""
 
-    def __init__(self, state: State, journal: Journal, clock: Callable[[], int]) -> None:
-        """`state` stands at the journal's last record; `clock` gives milliseconds since 1970."""
+    def __init__(
+        self,
+        state: State,
+        journal: Journal,
+        clock: Callable[[], int],
+        recent: Recent | None = None,
+    ) -> None:
+        """`state` stands at the journal's last record; `clock` gives milliseconds since 1970;
+        `recent` has the requests that the database may not have yet."""
         assert state.lsn + 1 == journal.next_lsn, "the state and the journal have parted"
         self.state = state
         self.journal = journal
         self._clock = clock
         self._owed: deque[Callable[[], None]] = deque()
-        self.recent = Recent()
+        self.recent = Recent() if recent is None else recent
         self.posted: Callable[[], None] = _nobody
         """Called after each record."""
 
@@ -192,9 +199,10 @@ class Ledger:
         while self._owed:
             try:
                 self._owed[0]()
-            except RecordUncertain:
+            except RecordUncertain as error:
                 self._owed.popleft()
-                raise
+                # That one counts. But of what the caller came to record nothing was tried.
+                raise NotRecorded(_UNAVAILABLE, retry_after_s=RETRY_AFTER_S) from error
             self._owed.popleft()
 
     def void(self, reservation: int) -> None:

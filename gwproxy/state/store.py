@@ -24,7 +24,7 @@ from gwproxy.core.records import Admin, Stop, decode
 from gwproxy.log import Log
 from gwproxy.state.directory import Directory
 from gwproxy.state.keyring import Keyring
-from gwproxy.state.ledger import Clock, Ledger
+from gwproxy.state.ledger import Clock, Ledger, Recent
 from gwproxy.state.upkeep import Upkeep
 from gwproxy.storage import directory as storage
 from gwproxy.storage import reports
@@ -180,7 +180,8 @@ class Store:
             keyring.apply(record.row)
 
         state = await load_state(database, breathe=_breathe, directory=change)
-        replayed = _replay(kept, found, mark, state)
+        recent = Recent()
+        replayed = _replay(kept, found, mark, state, recent)
         journal = await asyncio.to_thread(
             Journal.start,
             files,
@@ -195,7 +196,7 @@ class Store:
             max_bytes=kept.max_bytes,
         )
         clock = Clock(wall, time.monotonic)
-        ledger = Ledger(state, journal, clock.now_ms)
+        ledger = Ledger(state, journal, clock.now_ms, recent)
         settled = ledger.recover()
         upkeep = Upkeep(journal, log, time.monotonic)
         await upkeep.sync()
@@ -333,8 +334,9 @@ def _check_pair(kept: Kept, found: Scan, mark: Mark, accept_loss: bool) -> None:
         )
 
 
-def _replay(kept: Kept, found: Scan, mark: Mark, state: State) -> int:
-    """Apply what the database does not have yet: how many records."""
+def _replay(kept: Kept, found: Scan, mark: Mark, state: State, recent: Recent) -> int:
+    """Apply what the database does not have yet: how many records. Until it has them, the requests
+    among them are found in `recent`."""
     trail = found.trail
     if not trail.segments or trail.end.lsn < mark.lsn:
         return 0
@@ -354,9 +356,11 @@ def _replay(kept: Kept, found: Scan, mark: Mark, state: State) -> int:
         payloads, cursor = trail.read(cursor, _PAGE, CHUNK_BYTES)
         for payload in payloads:
             try:
-                apply(state, decode(payload))
+                touched = apply(state, decode(payload))
             except (ValueError, BrokenLedger) as error:
                 raise JournalRefused(f"{kept.journal}: {error}.") from error
+            if touched.request is not None:
+                recent.add(touched.request)
     return cursor.lsn - mark.lsn
 
 

@@ -117,6 +117,8 @@ class Upkeep:
                 if error is not None:
                     self._log.event("error", "journal cannot reserve a segment", errno=error.errno)
                     await asyncio.sleep(SYNC_EVERY_S)
+            elif journal.lost is not None:
+                await self.drop(0)  # of files that failed, which count too
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def _watch(self) -> None:

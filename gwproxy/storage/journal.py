@@ -350,10 +350,13 @@ class Journal:
         """Prepare a spare segment. None when there is one, or no more are allowed."""
         if self._spare is not None or self._preparing:
             return None
-        size = self._segment_bytes
+        size, most = self._segment_bytes, self._max_bytes
         if self._distrusted is not None:
             size += _length(self._unsynced)
-        if self.size_bytes() + size > self._max_bytes:
+            # One more than that: the database waits for what is not synced, and no segment is let
+            # go of before the database has it.
+            most += size
+        if self.size_bytes() + size > most:
             self._no_spare = f"the journal has come up to its {self._max_bytes} bytes"
             return None
         self._preparing = True
