@@ -170,19 +170,27 @@ def _dies_with_its_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
+def configured(folder: Path, demo: DemoUpstream, closed: int) -> Place:
+    """A folder in which there was no gateway yet. `closed` is the port of `never_accepting`."""
+    folder.mkdir()
+    path = folder / "config.toml"
+    path.write_text(config(demo, "cloudflare-compat", _UPSTREAM) + _MORE.format(closed=closed))
+    path.chmod(0o600)
+    return Place(folder, {})
+
+
 async def found(
     folder: Path, demo: DemoUpstream, closed: int, limits: Mapping[str, str | None]
 ) -> Place:
     """A new ledger: a user for each name, with a key and his monthly limit in dollars."""
-    folder.mkdir()  # noqa: ASYNC240 (one of a test's own)
-    text = config(demo, "cloudflare-compat", _UPSTREAM) + _MORE.format(closed=closed)
-    keys = {}
+    place = configured(folder, demo, closed)
+    text = (folder / "config.toml").read_text()
     async with TestClient(Gateway(folder, text)) as client:
         for name, limit in limits.items():
             user = {"user_id": name, "monthly_limit_usd": limit}
             assert (await client.post("/admin/users", json=user, headers=ADMIN)).status == 201
-            keys[name] = await make_key(client, name)
-    return Place(folder, keys)
+            place.keys[name] = await make_key(client, name)
+    return place
 
 
 @contextmanager
@@ -293,9 +301,8 @@ class Got:
 class Client:
     """Users who ask, and remember what they got."""
 
-    def __init__(self, place: Place, life: Life, session: aiohttp.ClientSession) -> None:
+    def __init__(self, place: Place, session: aiohttp.ClientSession) -> None:
         self.place = place
-        self.life = life
         self.session = session
         self.got: list[Got] = []
 
@@ -322,9 +329,7 @@ class Client:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         with suppress(aiohttp.ClientError, ConnectionError):
             async with self.session.post(
-                f"{self.life.url}/v1/chat/completions",
-                json=body,
-                headers=bearer(self.place.keys[user]),
+                "/v1/chat/completions", json=body, headers=bearer(self.place.keys[user])
             ) as response:
                 got.status, got.request_id = response.status, response.headers["x-request-id"]
                 if not stream or got.status != 200:
@@ -340,20 +345,18 @@ class Client:
 
     async def usage(self, user: str) -> Any:
         headers = bearer(self.place.keys[user])
-        async with self.session.get(f"{self.life.url}/v1/usage", headers=headers) as response:
+        async with self.session.get("/v1/usage", headers=headers) as response:
             assert response.status == 200, await response.text()
             return await response.json()
 
     async def receipt(self, user: str, request_id: str) -> Any:
         headers = bearer(self.place.keys[user])
-        url = f"{self.life.url}/v1/receipts/{request_id}"
-        async with self.session.get(url, headers=headers) as response:
+        async with self.session.get(f"/v1/receipts/{request_id}", headers=headers) as response:
             assert response.status == 200, await response.text()
             return await response.json()
 
     async def authenticates(self, key: str) -> bool:
-        url = f"{self.life.url}/v1/usage"
-        async with self.session.get(url, headers=bearer(key)) as response:
+        async with self.session.get("/v1/usage", headers=bearer(key)) as response:
             assert response.status in (200, 401), await response.text()
             return response.status == 200
 
@@ -385,7 +388,7 @@ class Office:
 
     async def work(self, client: Client, user: str) -> None:
         """Until the gateway is gone."""
-        url = f"{client.life.url}/admin/users/{user}/api-keys"
+        url = f"/admin/users/{user}/api-keys"
         with suppress(aiohttp.ClientError, ConnectionError):
             while True:
                 async with client.session.post(url, json={}, headers=ADMIN) as response:
@@ -406,9 +409,11 @@ class Office:
 
 @asynccontextmanager
 async def clients(place: Place, life: Life) -> AsyncIterator[Client]:
+    """Of a gateway that has to become ready."""
+    assert await life.ready()
     connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector) as session:
-        yield Client(place, life, session)
+    async with aiohttp.ClientSession(life.url, connector=connector) as session:
+        yield Client(place, session)
 
 
 def nanos(usd: str) -> int:

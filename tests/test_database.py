@@ -385,8 +385,15 @@ async def test_the_last_use_of_keys_is_stored(path):
     async with await Database.open(path) as database:
         for row in (ORG, ANN, KEY):
             await put(database, row)
-        await directory.update_last_used(database, [("key_1", 77)])
+        assert await directory.update_last_used(database, [("key_1", 77)])
         assert (await directory.load(database))[-1] == replace(KEY, last_used_at=77)
+
+
+async def test_a_last_use_that_cannot_be_stored_just_now_is_told_and_no_fault(path):
+    async with await Database.open(path) as database:
+        assert not await directory.update_last_used(database, [("key_1", 77)])  # not there yet
+        path.rename(path.with_name("away"))
+        assert not await directory.update_last_used(database, [("key_1", 77)])
 
 
 # -- transactions --------------------------------------------------------------------------------

@@ -5,8 +5,10 @@ Real processes on real files. The upstream's own record is what is believed.
 """
 
 import asyncio
+import io
 import shutil
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,7 +22,9 @@ import pytest
 import pytest_asyncio
 
 from gwproxy.demo import DemoUpstream
-from tests.harness import UPSTREAM_TOKEN
+from gwproxy.log import Log
+from gwproxy.state.store import Kept, Store
+from tests.harness import UPSTREAM_TOKEN, make_key
 from tests.kills import (
     OUTPUT_NANOS,
     PATIENCE_S,
@@ -33,6 +37,7 @@ from tests.kills import (
     assert_books,
     assert_settled,
     clients,
+    configured,
     explained,
     found,
     nanos,
@@ -44,15 +49,23 @@ from tests.scene import until
 
 pytestmark = pytest.mark.timeout(400)  # many starts, on a machine that may be busy
 
+RECORD = "record.jsonl"
+
 traced = pytest.mark.skipif(bool(why_no_tracing()), reason=why_no_tracing())
+
+
+@asynccontextmanager
+async def upstream(folder: Path) -> AsyncIterator[DemoUpstream]:
+    demo = DemoUpstream(token=UPSTREAM_TOKEN, record_file=folder / RECORD)
+    await demo.start()
+    yield demo
+    await demo.stop()
 
 
 @pytest_asyncio.fixture
 async def demo(tmp_path: Path) -> AsyncIterator[DemoUpstream]:
-    demo = DemoUpstream(token=UPSTREAM_TOKEN, record_file=tmp_path / RECORD)
-    await demo.start()
-    yield demo
-    await demo.stop()
+    async with upstream(tmp_path) as demo:
+        yield demo
 
 
 @pytest.fixture
@@ -60,8 +73,6 @@ def closed() -> Iterator[int]:
     with never_accepting() as port:
         yield port
 
-
-RECORD = "record.jsonl"
 
 # -- at each step ----------------------------------------------------------------------------------
 
@@ -141,7 +152,6 @@ async def test_killed_at_any_step_each_request_is_charged_once_for_what_was_sent
     older = tmp_path / "older.db"
     shutil.copy(place.database, older)
     async with place.life() as life, clients(place, life) as client:
-        assert await life.ready()
         async with all_parked(client, demo):
             whole = [
                 await client.ask("settled", "mock/prose", True),
@@ -177,7 +187,6 @@ async def settled_after(place: Place, before: Sequence[Got]) -> dict[str, str]:
     """What each user of STEPS is told after a restart, which ends in order: his cost."""
     costs = {}
     async with place.life() as life, clients(place, life) as client:
-        assert await life.ready()
         await assert_settled(client, before)
         for step in STEPS:
             usage = await client.usage(step.user)
@@ -194,6 +203,24 @@ async def settled_after(place: Place, before: Sequence[Got]) -> dict[str, str]:
                 assert scope["request_count"] == 1, step
         await life.stop()
     return costs
+
+
+async def test_a_receipt_is_there_before_the_database_has_caught_up(
+    tmp_path: Path, demo: DemoUpstream, closed: int
+) -> None:
+    place = await found(tmp_path / "killed", demo, closed, {"ann": None})
+    older = place.copy(tmp_path / "older")
+    async with place.life() as life, clients(place, life) as client:
+        got = await client.ask("ann", "mock/prose", False)
+        life.kill()
+        await life.ended()
+    kept = Kept(older.database, place.journal)
+    async with asyncio.TaskGroup() as group:
+        store = await Store.open(kept, group, Log(io.StringIO()))
+        receipt = store.ledger.recent.find(got.request_id)  # before any task has had a turn
+        await store.close()
+    assert receipt is not None
+    assert receipt.outcome == "completed"
 
 
 # -- at any moment ---------------------------------------------------------------------------------
@@ -244,13 +271,12 @@ async def kill_under_load(
         is_last = number == rounds or loop.time() > until_s
         in_its_start = not is_last and random.random() < 0.25
         with explained(place, seed=seed, round=number):
-            async with place.life() as life, clients(place, life) as client:
-                if in_its_start:
+            if in_its_start:
+                async with place.life():
                     await asyncio.sleep(random.uniform(0.4, 1.0) * start_s)
-                    life.kill()
-                    continue
-                began = loop.time()
-                assert await life.ready()
+                continue
+            began = loop.time()
+            async with place.life() as life, clients(place, life) as client:
                 start_s = loop.time() - began
                 await assert_settled(client, before)
                 await office.assert_kept(client)
@@ -267,7 +293,7 @@ async def kill_under_load(
     await demo.stop()  # all that it was still busy with is in its record now
     with explained(place, seed=seed):
         counts = assert_books(place, record_of(place.folder.parent / RECORD), got)
-    print(seed, number, counts, len(got))
+    assert counts["completed"] and counts["recovered"], counts
 
 
 async def test_whenever_it_is_killed_under_load_the_books_are_right(
@@ -305,61 +331,66 @@ async def traffic(client: Client, user: str) -> None:
 
 
 async def strike_again_and_again(
-    place: Place, demo: DemoUpstream, strikes: Iterable[Strike]
-) -> None:
-    """A life for each strike; then the sums."""
+    folder: Path, closed: int, strikes: Iterable[Strike]
+) -> Counter[str]:
+    """A life for each strike, then the sums: how many requests had which outcome."""
+    folder.mkdir()  # noqa: ASYNC240 (one of a test's own)
     got: list[Got] = []
     before: list[Got] = []
-    for strike in (*strikes, None):
-        with explained(place, strike=strike):
-            async with place.life() as life, clients(place, life) as client:
-                assert await life.ready()
-                await assert_settled(client, before)
-                if strike is None:
-                    await life.stop()
-                    break
-                async with strike.from_now_on(place, life), asyncio.TaskGroup() as group:
-                    for user in place.keys:
-                        group.create_task(traffic(client, user))
-                assert await life.ended() == -signal.SIGKILL
-            before = client.got
-            got += before
-    await demo.stop()
+    async with upstream(folder) as demo:
+        place = await found(folder / "killed", demo, closed, {"ann": None, "ben": None})
+        for strike in (*strikes, None):
+            with explained(place, strike=strike):
+                async with place.life() as life, clients(place, life) as client:
+                    await assert_settled(client, before)
+                    if strike is None:
+                        await life.stop()
+                        break
+                    async with strike.from_now_on(place, life), asyncio.TaskGroup() as group:
+                        for user in place.keys:
+                            group.create_task(traffic(client, user))
+                    assert await life.ended() == -signal.SIGKILL
+                before = client.got
+                got += before
     with explained(place):
-        counts = assert_books(place, record_of(place.folder.parent / RECORD), got)
-    print(counts, len(got))
+        return assert_books(place, record_of(folder / RECORD), got)
 
 
 @traced
-@pytest.mark.parametrize(
-    "strikes",
-    [
-        [Strike("pwrite64", when, Where.JOURNAL) for when in range(1, 13)],
-        [Strike("pwrite64", when, Where.LOG) for when in (1, 2, 3, 8, 12)],
-        [Strike("fdatasync", when) for when in (1, 2, 3)],
-    ],
-    ids=["journal", "database", "sync"],
-)
 async def test_killed_before_any_of_its_first_writes_the_books_are_right(
-    tmp_path: Path, demo: DemoUpstream, closed: int, strikes: list[Strike]
+    tmp_path: Path, closed: int
 ) -> None:
-    place = await found(tmp_path / "killed", demo, closed, {"ann": None, "ben": None})
-    await strike_again_and_again(place, demo, strikes)
+    journal = [Strike("pwrite64", when, Where.JOURNAL) for when in range(1, 13)]
+    others = [Strike("pwrite64", when, Where.LOG) for when in (1, 2, 9)]
+    others += [Strike("fdatasync", when) for when in (1, 2, 3)]
+    # Side by side, each with a ledger of its own: most of the time goes into starts.
+    async with asyncio.TaskGroup() as group:
+        chains = [
+            group.create_task(strike_again_and_again(tmp_path / name, closed, strikes))
+            for name, strikes in (("odd", journal[::2]), ("even", journal[1::2]), ("other", others))
+        ]
+    assert all(chain.result()["recovered"] for chain in chains)
 
 
 @traced
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "strikes",
+    [
+        [Strike("pwrite64", when, Where.JOURNAL) for when in range(13, 60, 3)],
+        [Strike("pwrite64", when, Where.LOG) for when in range(13, 120, 7)],
+        [Strike("fdatasync", when) for when in range(4, 12)],
+        # With these the first segment is full, and the next one is written to and one prepared.
+        [Strike("fallocate", 1), Strike("fsync", 1), Strike("fsync", 2)],
+    ],
+    ids=["journal", "database", "sync", "rotation"],
+)
 async def test_killed_before_any_later_write_the_books_are_right(
-    tmp_path: Path, demo: DemoUpstream, closed: int
+    tmp_path: Path, closed: int, strikes: list[Strike]
 ) -> None:
-    place = await found(tmp_path / "killed", demo, closed, {"ann": None, "ben": None})
-    strikes = [Strike("pwrite64", when, Where.JOURNAL) for when in range(13, 60, 3)]
-    strikes += [Strike("pwrite64", when, Where.LOG) for when in range(13, 120, 7)]
-    strikes += [Strike("fdatasync", when) for when in range(4, 12)]
-    # With these the first segment is full, and the next one is being written to or prepared.
-    strikes += [Strike("fallocate", 1), Strike("fsync", 1), Strike("fsync", 2)]
-    await strike_again_and_again(place, demo, strikes)
+    counts = await strike_again_and_again(tmp_path / "chain", closed, strikes)
+    assert counts["recovered"]
 
 
 # -- while it recovers -----------------------------------------------------------------------------
@@ -368,21 +399,27 @@ async def test_killed_before_any_later_write_the_books_are_right(
 async def left_open(place: Place, demo: DemoUpstream) -> list[Got]:
     """Kill it in the middle of one request for each step."""
     async with place.life() as life, clients(place, life) as client:
-        assert await life.ready()
         async with all_parked(client, demo):
             life.kill()
         await life.ended()
     return client.got
 
 
-async def strike_its_recovery(place: Place, strikes: Iterable[Strike], times: int) -> None:
-    """Each so many times in a row."""
+async def strike_its_recovery(place: Place, strikes: Iterable[Strike]) -> None:
+    """Each twice in a row. One whose call is not made so often ends in a kill like any other."""
     for strike in strikes:
-        for _ in range(times):
+        for _ in range(2):
             with explained(place, strike=strike):
                 async with place.life(*strike.from_the_start(place)) as life:
                     if not await life.ready():
                         assert await life.ended() == -signal.SIGKILL
+
+
+async def assert_all_recovered(place: Place, demo: DemoUpstream, got: Sequence[Got]) -> None:
+    with explained(place):
+        await settled_after(place, got)
+        counts = assert_books(place, demo.record, got)
+    assert counts == {"recovered": len(STEPS)}
 
 
 @traced
@@ -391,13 +428,10 @@ async def test_killed_while_it_recovers_it_recovers_the_next_time(
 ) -> None:
     place = await found(tmp_path / "killed", demo, closed, {step.user: "1" for step in STEPS})
     got = await left_open(place, demo)
-    strikes = [Strike("pwrite64", when, Where.JOURNAL) for when in (1, 2, 3)]
-    strikes += [Strike("pwrite64", 1, Where.LOG), Strike("pwrite64", 4, Where.SEGMENT)]
-    await strike_its_recovery(place, strikes, 2)
-    await settled_after(place, got)
-    with explained(place):
-        counts = assert_books(place, demo.record, got)
-    assert counts == {"recovered": len(STEPS)}
+    strikes = [Strike("pwrite64", 1, where) for where in (Where.JOURNAL, Where.LOG)]
+    strikes.append(Strike("pwrite64", 4, Where.SEGMENT))  # some are settled by then, and some not
+    await strike_its_recovery(place, strikes)
+    await assert_all_recovered(place, demo, got)
 
 
 @traced
@@ -423,8 +457,39 @@ async def test_killed_before_any_call_of_its_recovery_it_recovers_the_next_time(
     place = await found(tmp_path / "killed", demo, closed, {step.user: "1" for step in STEPS})
     got = await left_open(place, demo)
     strikes = [Strike(call, when, where) for when in range(1, times + 1)]
-    await strike_its_recovery(place, strikes, 2)
-    await settled_after(place, got)
+    await strike_its_recovery(place, strikes)
+    await assert_all_recovered(place, demo, got)
+
+
+# -- the very first start --------------------------------------------------------------------------
+
+FIRST = [
+    Strike("unlink", 1),  # SQLite's journal of the first change of all
+    Strike("pwrite64", 40),  # in the middle of the migrations
+    Strike("fallocate", 1),  # a database that has a name, and no journal yet
+]
+OTHERS = [
+    *(Strike("pwrite64", when) for when in (1, 2, 3, 4, 9, 13, 16, 17, 34, 60, 80, 82, 83, 84)),
+    *(Strike("fdatasync", when) for when in range(1, 8)),
+    *(Strike("fsync", when) for when in range(1, 6)),
+    *(Strike("fallocate", 2), Strike("mkdir", 1)),
+]
+
+
+@traced
+@pytest.mark.parametrize(
+    "strike", [*FIRST, *(pytest.param(each, marks=pytest.mark.slow) for each in OTHERS)], ids=str
+)
+async def test_killed_in_its_very_first_start_it_starts_the_next_time(
+    tmp_path: Path, demo: DemoUpstream, closed: int, strike: Strike
+) -> None:
+    place = configured(tmp_path / "killed", demo, closed)
     with explained(place):
-        counts = assert_books(place, demo.record, got)
-    assert counts == {"recovered": len(STEPS)}
+        async with place.life(*strike.from_the_start(place)) as life:
+            assert not await life.ready()
+            assert await life.ended() == -signal.SIGKILL
+        async with place.life() as life, clients(place, life) as client:
+            place.keys["ann"] = await make_key(client.session, "ann")
+            assert (await client.ask("ann", "mock/prose", False)).served
+            await life.stop()
+        assert assert_books(place, demo.record, client.got) == {"completed": 1}

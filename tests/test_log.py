@@ -186,6 +186,17 @@ def test_the_line_of_a_request_says_all_that_is_known_of_it() -> None:
     }
 
 
+def test_an_outcome_without_a_source_and_an_error_without_a_code_say_null() -> None:
+    trace = Trace("req_1", 1.0)
+    trace.outcome, trace.cost_nanos, trace.error_type = "failed", 0, "provider_connect"
+    trace.model = "auto"
+    trace.attempts.append(Attempt("openai", "gpt-4o"))
+    (line,) = request_lines(trace)
+    assert (line["source"], line["cost_nanos"], line["error_code"]) == (None, 0, None)
+    assert line["attempts"][0]["status"] is None
+    assert not {"tokens", "gateway_ms", "user_id", "provider"} & line.keys()
+
+
 def test_the_line_of_a_request_of_which_nothing_is_known() -> None:
     (line,) = request_lines(Trace("req_1", 1.0))
     assert (line["event"], line["route"], line["status"]) == ("request", "other", 0)

@@ -398,6 +398,54 @@ def test_no_json_value_makes_the_meter_raise(events: list[Any]) -> None:
     assert meter.usage is None or meter.usage.output >= 0
 
 
+# fmt: off
+NEAR = st.fixed_dictionaries(
+    {"choices": st.lists(st.fixed_dictionaries(
+        {"delta": st.fixed_dictionaries(
+            {"content": st.text(max_size=8) | anything},
+            optional={key: anything for key in ("role", "reasoning", "refusal", "tool_calls")},
+        )},
+        optional={"index": st.integers(0, 1) | anything, "finish_reason": st.none() | anything},
+    ), min_size=1, max_size=2)},
+    optional={key: st.none() | anything for key in ("usage", "x_groq", "error", "id")},
+)
+# fmt: on
+
+
+@settings(PATIENT)
+@given(NEAR | anything)
+@example({"choices": [{"delta": {"content": "a", "reasoning_content": "b"}}]})
+@example({"choices": [{"delta": {"content": "a", "function_call": {"name": "b"}}}]})
+@example({"choices": [{"delta": {"content": "a"}, "index": 1}]})
+@example({"choices": [{"delta": {"content": "a"}, "finish_reason": "stop"}]})
+@example({"choices": [{"delta": {"content": "a"}}], "usage": {"prompt_tokens": 1}})
+@example({"choices": [{"delta": {"content": "a"}}], "x_groq": {"usage": {"prompt_tokens": 1}}})
+@example({"choices": [{"delta": {"content": "a"}}], "error": {"message": "b"}})
+@example({"choices": [{"delta": {"content": "a"}}, {"delta": {"content": "b"}, "index": 1}]})
+def test_a_piece_of_text_is_read_the_short_way_as_it_is_the_long_way(event: Any) -> None:
+    payload = json.dumps(event).encode()
+    short, long = Meter(estimate_by_bytes), Meter(estimate_by_bytes)
+    flags = long.observe(json.loads(payload))
+    if short.observe_text(payload):
+        assert flags == TEXT
+        assert {key: text.held for key, text in short._texts.items()} == {
+            key: text.held for key, text in long._texts.items()
+        }
+        assert (short.events, short.finished, short.has_output, short.usage) == (
+            *(long.events, long.finished, long.has_output, long.usage),
+        )
+    else:
+        assert (short.events, short.counted(), short.has_output) == (0, 0, False)
+
+
+def test_the_usual_event_is_read_the_short_way_and_what_is_no_event_is_not(meter: Meter) -> None:
+    assert meter.observe_text(json.dumps(chunk({"content": "Hello"})).encode())
+    deep = b'{"choices":[{"delta":{"content":"a"}}],"x":' + b"[" * 5000 + b"]" * 5000 + b"}"
+    for payload in (b"", b"[DONE]", b"[]", b'{"choices":', b'{"choices":[{"delta":null}]}', deep):
+        assert not meter.observe_text(payload)
+    assert meter.events == 1
+
+
 def test_arguments_nested_beyond_all_measure_are_passed_over(meter: Meter) -> None:
     deep: Any = {}
     for _ in range(900):

@@ -588,20 +588,33 @@ def cut_at(office: Office, reservation: Reservation, size: int) -> tuple[int, In
 
 
 @pytest.mark.parametrize("size", [1, 7, 40])
-def test_a_stream_is_cut_where_the_exact_count_says_so(office: Office, size: int) -> None:
+@pytest.mark.parametrize("model", ["a/cheap", "f/claude-4-7"])
+def test_a_stream_is_cut_where_the_exact_count_says_so(
+    office: Office, model: str, size: int
+) -> None:
     room = 2_000
-    reservation = office.reserve()
+    reservation = office.reserve(model)
     prompt = reservation.chain[0].priced.ask.prompt
-    office.change_user(monthly_limit=prompt * INPUT + room * OUTPUT)
+    limit = prompt * INPUT + room * OUTPUT
+    office.change_user(monthly_limit=limit)
     words, error = cut_at(office, reservation, size)
-    assert room - size < words <= room
+    fit = room * 1000 // family_factor(model)
+    assert fit - size < words <= fit
     record = settlement(office)
     assert (record.outcome, record.source, record.overrun) == ("cut", "counted", 0)
-    assert words <= record.tokens[3] <= room
-    assert office.spent <= prompt * INPUT + room * OUTPUT
+    assert all(sum(line.total for line in mark.holds[1:2]) <= limit for mark in marks(office))
+    assert office.spent <= limit
     assert (error.status, error.scope, error.code) == (429, "user", "insufficient_quota")
     assert error.gateway is not None and error.gateway["fits_max_tokens"] == 0
     assert error.retry_after_s == (end_ms(MONTH) - office.clocks.wall_ms()) // 1000
+    office.assert_in_order()
+
+
+def test_what_goes_out_at_the_end_of_the_money_is_covered_too(office: Office) -> None:
+    """The bound is above all that there is from the first event on, and the count is not."""
+    office.change_user(monthly_limit=PROMPT * INPUT + 100 * OUTPUT)
+    words, _ = cut_at(office, office.reserve(), 20)
+    assert words == 100
     office.assert_in_order()
 
 

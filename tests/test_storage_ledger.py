@@ -576,6 +576,23 @@ async def test_a_balance_too_old_to_be_in_memory_is_fetched_before_it_changes(pl
     assert await verify(place.database) == []
 
 
+async def test_a_balance_that_was_archived_begins_anew_also_within_one_batch(place):
+    """And is not fetched from where its old row still stands."""
+    key = ("user:ann", "2025-11")
+    place.live.settle(place.live.reserve("ann", 500), 400)
+    place.live.t += 100 * DAY
+    place.live.reserve("ann", 1)
+    await catch_up(place.writer())
+    place.live.post(Close, account=key[0], period=key[1], spent=400, credited=0, count=1, hash="")
+    place.live.post(Adjust, accounts=(key,), delta=-3, type="late", actor="root", reason="")
+    await catch_up(place.writer())
+    [balance] = await place.database.read(
+        "SELECT spent, count FROM balance WHERE account = ? AND period = ?", key
+    )
+    assert tuple(balance) == (-3, 0)
+    assert await verify(place.database) == []
+
+
 async def test_every_field_of_a_request_has_its_column(place):
     place.live.reserve("ann", 5, edits=("max_tokens",), stream=True, degraded=True)
     place.live.retry(1, "gemini", 9)

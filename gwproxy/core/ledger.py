@@ -5,7 +5,7 @@ writer of the database all go through it, so that they cannot come to different 
 changes a balance. Amounts are nano-USD.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -126,16 +126,68 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     rates: Rates | None = None
 
 
-class Touched(msgspec.Struct, gc=False):
-    """The rows that a record changed. `holds` and `balances` name them: the state has the rest."""
+class Touched:
+    """The rows that a record changed, made when they are asked for: the path of a request does not.
 
-    entries: Sequence[Entry] = ()
-    balances: Sequence[Key] = ()
-    reservation: int | None = None
-    request: Request | None = None
+    `balances` and `reservation` name them; the state has the rest.
+    """
 
+    __slots__ = ("_hold", "_keys", "_record")
 
-NOTHING = Touched()
+    def __init__(
+        self, record: AnyRecord, hold: Hold | None = None, keys: Sequence[Key] | None = None
+    ) -> None:
+        self._record = record
+        self._hold = hold
+        self._keys = keys
+
+    @property
+    def reserve(self) -> Reserve | None:
+        """How the reservation began that it is about."""
+        return None if self._hold is None else self._hold.reserve
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The new lines of the accounts."""
+        record = self._record
+        if isinstance(record, Settle):
+            assert self._hold is not None, "what was settled had a hold"
+            return list(_charges(record, self._hold))
+        if isinstance(record, Adjust):
+            return [
+                Entry(
+                    record.lsn,
+                    record.r,
+                    *key,
+                    record.type,
+                    record.delta,
+                    record.actor,
+                    record.reason,
+                )
+                for key in record.accounts
+            ]
+        return []
+
+    @property
+    def balances(self) -> Sequence[Key]:
+        if self._keys is not None:
+            return self._keys
+        holds: Sequence[Held] = ()
+        if self._hold is not None:
+            holds = self._hold.holds
+        return [(held.account, held.period) for held in holds]
+
+    @property
+    def reservation(self) -> int | None:
+        return None if self.reserve is None else self.reserve.lsn
+
+    @property
+    def request(self) -> Request | None:
+        """The request's row, at its admission and at its settlement."""
+        record = self._record
+        if self._hold is None or isinstance(record, Mark | Attempt):
+            return None
+        return _settled(self._hold, record) if isinstance(record, Settle) else admitted(self._hold)
 
 
 class State:
@@ -179,18 +231,17 @@ def apply(state: State, record: AnyRecord) -> Touched:
 
 
 def _reserve(state: State, record: Reserve) -> Touched:
-    state.holds[record.lsn] = Hold(record)
-    keys = _hold(state, record.holds)
-    return Touched((), keys, record.lsn, _admitted(record))
+    hold = state.holds[record.lsn] = Hold(record)
+    for held in record.holds:
+        state.balance((held.account, held.period)).held += held.hold
+    return Touched(record, hold)
 
 
 def _mark(state: State, record: Mark) -> Touched:
     hold = _open(state, record.r, record.lsn)
     hold.mark = record.cost
     hold.tokens = record.tokens
-    if not record.holds:
-        return Touched((), (), record.r)
-    return Touched((), _hold_instead(state, hold, record.holds), record.r)
+    return Touched(record, hold, _hold_instead(state, hold, record.holds) if record.holds else ())
 
 
 def _attempt(state: State, record: Attempt) -> Touched:
@@ -199,56 +250,46 @@ def _attempt(state: State, record: Attempt) -> Touched:
     hold.mark = None
     hold.tokens = 0
     hold.hidden = record.hidden
-    return Touched((), _hold_instead(state, hold, record.holds), record.r)
+    return Touched(record, hold, _hold_instead(state, hold, record.holds))
 
 
 def _settle(state: State, record: Settle) -> Touched:
     hold = _open(state, record.r, record.lsn)
     del state.holds[record.r]
-    entries = []
-    keys = []
-    counts = record.outcome != VOID
+    cost, counts = record.cost, record.outcome != VOID
     for held in hold.holds:
-        key = (held.account, held.period)
-        keys.append(key)
-        balance = state.balance(key)
+        balance = state.balance((held.account, held.period))
         balance.held -= held.hold
+        # The first three are the caller's own, as nearly all are.
+        balance.spent += cost if held.account[:9] != "provider:" else _cost_of(held, hold, record)
+        balance.count += counts
+    return Touched(record, hold)
+
+
+def _charges(record: Settle, hold: Hold) -> Iterator[Entry]:
+    """The lines of a settlement: what was above the hold stands on one of its own."""
+    for held in hold.holds:
         amount = record.cost
         if held.account.startswith("provider:"):
-            amount = _cost_of(held.account[9:], hold, record)
-        balance.spent += amount
-        balance.count += counts
-        over = amount - held.hold
-        if over > 0:
-            amount -= over
-            entries.append(Entry(record.lsn, record.r, *key, "overrun", over))
-        if amount:
-            entries.append(Entry(record.lsn, record.r, *key, "settle", amount))
-    return Touched(entries, keys, record.r, _settled(hold, record))
+            amount = _cost_of(held, hold, record)
+        over = max(0, amount - held.hold)
+        line = (record.lsn, record.r, held.account, held.period)
+        if over:
+            yield Entry(*line, "overrun", over)
+        if amount - over:
+            yield Entry(*line, "settle", amount - over)
 
 
 def _adjust(state: State, record: Adjust) -> Touched:
-    entries = []
     for key in record.accounts:
         balance = state.balance(key)
         if record.type == "grant":
             balance.credited += record.delta
         else:
             balance.spent += record.delta
-        entries.append(
-            Entry(
-                record.lsn,
-                record.r,
-                *key,
-                record.type,
-                record.delta,
-                record.actor,
-                record.reason,
-            )
-        )
     if record.idempotency_key is not None:
         state.idempotency[record.idempotency_key] = record.lsn
-    return Touched(entries, record.accounts)
+    return Touched(record, keys=record.accounts)
 
 
 def _close(state: State, record: Close) -> Touched:
@@ -257,7 +298,7 @@ def _close(state: State, record: Close) -> Touched:
     if balance.figures() != (record.spent, record.credited, record.count, 0):
         raise BrokenLedger(f"record {record.lsn} closes {key} with other figures than it has")
     state.balances.pop(key, None)
-    return Touched((), (key,))
+    return Touched(record, keys=(key,))
 
 
 def _admin(state: State, record: Admin) -> Touched:
@@ -265,21 +306,21 @@ def _admin(state: State, record: Admin) -> Touched:
         state.directory(record)
     if record.idempotency_key is not None:
         state.idempotency[record.idempotency_key] = record.lsn
-    return NOTHING
+    return Touched(record)
 
 
 def _breaker(state: State, record: Breaker) -> Touched:
     state.breakers[record.provider] = record
-    return NOTHING
+    return Touched(record)
 
 
 def _alert(state: State, record: Alert) -> Touched:
     state.alerts.add((record.account, record.period, record.percent))
-    return NOTHING
+    return Touched(record)
 
 
 def _nothing(state: State, record: AnyRecord) -> Touched:
-    return NOTHING
+    return Touched(record)
 
 
 _APPLY: Mapping[type[AnyRecord], Callable[[State, Any], Touched]] = {
@@ -304,15 +345,6 @@ def _open(state: State, reservation: int, lsn: int) -> Hold:
     return hold
 
 
-def _hold(state: State, holds: Iterable[Held]) -> list[Key]:
-    keys = []
-    for held in holds:
-        key = (held.account, held.period)
-        keys.append(key)
-        state.balance(key).held += held.hold
-    return keys
-
-
 def _hold_instead(state: State, hold: Hold, holds: tuple[Held, ...]) -> list[Key]:
     keys = []
     for held in hold.holds:
@@ -320,13 +352,18 @@ def _hold_instead(state: State, hold: Hold, holds: tuple[Held, ...]) -> list[Key
         keys.append(key)
         state.balance(key).held -= held.hold
     hold.holds = holds
-    return keys + _hold(state, holds)
+    for held in holds:
+        key = (held.account, held.period)
+        keys.append(key)
+        state.balance(key).held += held.hold
+    return keys
 
 
-def _cost_of(provider: str, hold: Hold, record: Settle) -> int:
+def _cost_of(own_line: Held, hold: Hold, record: Settle) -> int:
     """What of the cost is one provider's own."""
     if hold.attempt is None:
         return record.cost
+    provider = own_line.account[9:]
     if record.attempts:
         return sum(tried.cost for tried in record.attempts if tried.provider == provider)
     # Nobody is left to tell: each one before is charged what was kept for it, the last the rest.
@@ -340,7 +377,9 @@ def _cost_of(provider: str, hold: Hold, record: Settle) -> int:
     return rest
 
 
-def _admitted(record: Reserve) -> Request:
+def admitted(hold: Hold) -> Request:
+    """The row of a request that is still open."""
+    record = hold.reserve
     return Request(
         lsn=record.lsn,
         t=record.t,

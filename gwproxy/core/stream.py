@@ -135,6 +135,9 @@ class ChatStream:
         if payload == b"[DONE]":
             self.done = self.committed = True
             return True
+        if self.meter.observe_text(payload):
+            self.committed = True
+            return True
         value = _parse(payload)
         if value is _UNREADABLE:
             if payload.strip() == b"[DONE]":

@@ -66,7 +66,7 @@ class AccountHandler:
     ) -> web.StreamResponse:
         """One request of the caller's own user; NotFound for everybody else's."""
         principal = trace.principal = self._keyring.authenticate(request.headers, self._clock())
-        found = self._ledger.recent.find(request_id) or await self._find(request_id)
+        found = self._ledger.find(request_id) or await self._find(request_id)
         if found is None or found.user_id != principal.user_id:
             raise NotFound(f"You have no request with this id. {_RECEIPT}")
         return json_answer(receipt(found), trace.request_id)

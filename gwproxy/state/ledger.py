@@ -7,11 +7,10 @@ recorded before anything new is let in.
 
 from collections import deque
 from collections.abc import Callable
-from itertools import islice
 from typing import Final, TypedDict
 
 from gwproxy.core.errors import StorageUnavailable
-from gwproxy.core.ledger import Request, State, Touched, apply
+from gwproxy.core.ledger import Request, State, Touched, admitted, apply
 from gwproxy.core.period import periods
 from gwproxy.core.records import AnyRecord, Settle, encode
 from gwproxy.storage.journal import Journal, NotWritten, OutcomeUnknown
@@ -87,24 +86,37 @@ class Clock:
 
 
 class Recent:
-    """The last requests, as they stand: what a caller asks about is nearly always among them."""
+    """The last settlements: what a caller asks about is nearly always among them."""
 
     def __init__(self, most: int = RECENT) -> None:
         self._most = most
-        self._requests: dict[str, Request] = {}  # a dict keeps the order of insertion
+        self._order: deque[str] = deque()
+        self._settled: dict[str, Touched] = {}
 
-    def add(self, request: Request) -> None:
-        self._requests[request.id] = request
-        if len(self._requests) > self._most:
-            del self._requests[next(iter(self._requests))]
+    def add(self, touched: Touched) -> None:
+        assert touched.reserve is not None, "a settlement has a reservation"
+        request_id = touched.reserve.id
+        self._settled[request_id] = touched
+        self._order.append(request_id)
+        if len(self._order) > self._most:
+            self._settled.pop(self._order.popleft(), None)
 
     def find(self, request_id: str) -> Request | None:
-        return self._requests.get(request_id)
+        touched = self._settled.get(request_id)
+        return None if touched is None else touched.request
 
     def of_key(self, key_id: str, most: int) -> list[Request]:
         """The newest ones of a key, newest first."""
-        found = (each for each in reversed(self._requests.values()) if each.key_id == key_id)
-        return list(islice(found, most))
+        found: list[Request] = []
+        for request_id in reversed(self._order):
+            touched = self._settled[request_id]
+            if touched.reserve is not None and touched.reserve.key_id == key_id:
+                request = touched.request
+                assert request is not None, "a settlement is about a request"
+                found.append(request)
+                if len(found) == most:
+                    break
+        return found
 
 
 class Ledger:
@@ -156,10 +168,17 @@ class Ledger:
 
     def _apply(self, record: AnyRecord) -> Touched:
         touched = apply(self.state, record)
-        if touched.request is not None:
-            self.recent.add(touched.request)
+        if isinstance(record, Settle):
+            self.recent.add(touched)
         self.posted()
         return touched
+
+    def find(self, request_id: str) -> Request | None:
+        """A request that is open, or was settled not long ago."""
+        for hold in self.state.holds.values():
+            if hold.reserve.id == request_id:
+                return admitted(hold)
+        return self.recent.find(request_id)
 
     def admit(self) -> None:
         """Before anything new: what is owed is recorded, and room for settlements is left.

@@ -20,7 +20,7 @@ from gwproxy.core.errors import StorageUnavailable
 from gwproxy.core.identity import Below
 from gwproxy.core.ledger import BrokenLedger, Request, State, apply
 from gwproxy.core.period import rfc3339
-from gwproxy.core.records import Admin, Stop, decode
+from gwproxy.core.records import Admin, Settle, Stop, decode
 from gwproxy.log import Log
 from gwproxy.state.directory import Directory
 from gwproxy.state.keyring import Keyring
@@ -356,11 +356,12 @@ def _replay(kept: Kept, found: Scan, mark: Mark, state: State, recent: Recent) -
         payloads, cursor = trail.read(cursor, _PAGE, CHUNK_BYTES)
         for payload in payloads:
             try:
-                touched = apply(state, decode(payload))
+                record = decode(payload)
+                touched = apply(state, record)
             except (ValueError, BrokenLedger) as error:
                 raise JournalRefused(f"{kept.journal}: {error}.") from error
-            if touched.request is not None:
-                recent.add(touched.request)
+            if isinstance(record, Settle):
+                recent.add(touched)
     return cursor.lsn - mark.lsn
 
 

@@ -7,6 +7,7 @@ from typing import Any, Final
 import msgspec
 import orjson
 
+from gwproxy.core.errors import StorageUnavailable
 from gwproxy.core.identity import (
     ApiKey,
     FailureMode,
@@ -18,7 +19,7 @@ from gwproxy.core.identity import (
     User,
 )
 from gwproxy.core.money import Nanos
-from gwproxy.storage.database import Database, FileChanged, RolledBack
+from gwproxy.storage.database import Database
 
 Row = Organization | User | ApiKey
 
@@ -77,7 +78,7 @@ async def update_last_used(database: Database, uses: list[tuple[str, int]]) -> b
     sql = "UPDATE api_key SET last_used_at = ?2 WHERE key_id = ?1"
     try:
         done = await database.commit(lambda connection: connection.executemany(sql, uses).rowcount)
-    except (sqlite3.Error, RolledBack, FileChanged):
+    except StorageUnavailable:
         return False  # whoever writes what counts will meet the same fault, and tell
     return done == len(uses)
 

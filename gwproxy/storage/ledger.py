@@ -561,6 +561,13 @@ def retry_after_s(failures: int) -> float:
     return min(FIRST_RETRY_S * (1 << doublings), LOOK_EVERY_S)
 
 
+def _keys(record: Adjust | Close) -> Sequence[Key]:
+    """The balances it changes: these two kinds of record may be about long ago."""
+    if isinstance(record, Close):
+        return ((record.account, record.period),)
+    return record.accounts
+
+
 @dataclass(slots=True)
 class _Place:
     """Where the writer stands."""
@@ -676,12 +683,12 @@ class Writer:
             at_end = not payloads
             for payload in payloads:
                 record = decode(payload)
-                if isinstance(record, Adjust):
-                    for key in record.accounts:
+                if isinstance(record, Adjust | Close):
+                    for key in _keys(record):
                         if key[1] < place.since and key not in state.balances and key not in closed:
                             await fetch_balance(self._database, state, key)
-                elif isinstance(record, Close):
-                    closed.add((record.account, record.period))
+                    if isinstance(record, Close):
+                        closed.update(_keys(record))
                 batch.add(record, apply(state, record))
             if payloads:
                 await self._breathe()
