@@ -1,4 +1,4 @@
-"""The promises, shown in seconds on the demo's own processes: a budget under a crowd, and the ledger
+"""The promises, shown in seconds on the demo's own processes: a budget under a crowd, the ledger
 across kill -9.
 """
 

@@ -5,9 +5,12 @@ figures what is left on them. Reads the keyring and the ledger's state, changes 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Final
+
+import msgspec
 
 from gwproxy.core.errors import InsufficientQuota
-from gwproxy.core.identity import FailureMode, Organization, Principal
+from gwproxy.core.identity import ApiKey, FailureMode, Organization, Principal, User
 from gwproxy.core.ledger import Account, Balance, State
 from gwproxy.core.money import format_usd, format_usd_short
 from gwproxy.core.period import end_ms, rfc3339
@@ -60,11 +63,25 @@ class Figures:
 
 _UNUSED = Balance()
 
+REMEMBERED: Final = 10_000
+"""Keys whose accounts are kept ready; past this many they are made anew."""
+
+
+class _Own(msgspec.Struct, frozen=True, gc=False):
+    """A caller's accounts, and the rows that they were made of."""
+
+    key: ApiKey
+    user: User
+    organization: Organization
+    accounts: tuple[Account, ...]
+
 
 class Accounts:
     def __init__(self, keyring: Keyring, terms: Terms) -> None:
         self._keyring = keyring
         self.terms = terms
+        self._own: dict[str, _Own] = {}
+        self._providers: dict[str, Account] = {}
 
     def of(
         self,
@@ -77,12 +94,26 @@ class Accounts:
         """The caller's own accounts: key, user, organization, and in an outage one more."""
         month, day = periods
         key, user = self._keyring.limited(principal)
-        key_name, user_name, org_name = principal.accounts
-        own = (
-            Account(key_name, month, key.monthly_limit),
-            Account(user_name, month, user.monthly_limit),
-            Account(org_name, month, organization.monthly_budget),
-        )
+        known = self._own.get(principal.key_id)
+        # A row that was changed is another object.
+        if (
+            known is not None
+            and known.key is key
+            and known.user is user
+            and known.organization is organization
+            and known.accounts[0].period == month
+        ):
+            own = known.accounts
+        else:
+            key_name, user_name, org_name = principal.accounts
+            own = (
+                Account(key_name, month, key.monthly_limit),
+                Account(user_name, month, user.monthly_limit),
+                Account(org_name, month, organization.monthly_budget),
+            )
+            if len(self._own) >= REMEMBERED:
+                self._own.clear()
+            self._own[principal.key_id] = _Own(key, user, organization, own)
         if not degraded:
             return own
         limit: int | None = organization.fallback_daily_limit
@@ -91,7 +122,11 @@ class Accounts:
         return (*own, Account(f"outage:{organization.org_id}", day, limit))
 
     def provider(self, name: str, day: str) -> Account:
-        return Account(f"provider:{name}", day, self.terms.provider_daily.get(name))
+        known = self._providers.get(name)
+        if known is None or known.period != day:
+            known = Account(f"provider:{name}", day, self.terms.provider_daily.get(name))
+            self._providers[name] = known
+        return known
 
     def refuse(
         self, state: State, accounts: tuple[Account, ...], needed: int, fits: int, now_ms: int

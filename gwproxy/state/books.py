@@ -274,8 +274,13 @@ class Books:
                 (usage.input, usage.cache_read, usage.cache_write, usage.output, usage.reasoning),
                 each.cost / NANOS_PER_USD,
             )
-            # An answer that was cut says nothing of how long they get.
-            if each.source == "provider" and usage.output and trace.outcome == "completed":
+            # An answer that was cut says nothing of how long they get, and a declared maximum cuts.
+            if (
+                each.source == "provider"
+                and usage.output
+                and trace.outcome == "completed"
+                and each.priced.ask.declared is None
+            ):
                 self._lengths.observe(reservation.principal.key_id, candidate.model, usage.output)
         metrics.settlement(trace.outcome).value += 1
         if overrun:

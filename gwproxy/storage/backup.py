@@ -155,10 +155,10 @@ class Backups:
 
     def due(self, now: float, journal_bytes: int) -> bool:
         """Whether one should be made; `now` in seconds since 1970. Without any, at once."""
-        files = self._files()
-        if not files:
+        try:
+            age_s = now - self._files()[0].stat().st_mtime
+        except (IndexError, OSError):
             return True
-        age_s = now - files[0].stat().st_mtime
         if age_s < 0:  # by a clock that was ahead: it says nothing
             return True
         if journal_bytes >= KEPT_JOURNAL_BYTES and age_s >= SOONEST_S:
