@@ -210,18 +210,14 @@ def never_accepting() -> Iterator[int]:
 class Where(Enum):
     """Some of the files of a ledger."""
 
-    JOURNAL = "the segments that are there, and the next ones"
-    SEGMENT = "the next segment that a start will write to, not the one with what was inherited"
+    JOURNAL = "the segments that are written to, and the next ones"
     LOG = "SQLite's write-ahead log"
 
     def files(self, place: Place) -> list[Path]:
         if self is Where.LOG:
             return [place.folder / "gwproxy.db-wal"]
-        there = sorted(place.journal.glob("*.journal"))
-        last = int(there[-1].stem)
-        if self is Where.SEGMENT:
-            return [place.journal / segment_name(last + 2)]
-        return there + [place.journal / segment_name(last + 1 + i) for i in range(9)]
+        last = max(int(path.stem) for path in place.journal.glob("*.journal"))
+        return [place.journal / segment_name(last + i) for i in range(-1, 8)]  # it and its spare
 
 
 @functools.cache

@@ -124,7 +124,9 @@ def test_a_quote_is_what_was_asked(office: Office) -> None:
     asks = {each.candidate.model: each.ask for each in quote.priced}
     assert [(ask.declared, ask.choices, ask.stream) for ask in asks.values()] == [(50, 2, True)] * 3
     assert [ask.hidden for ask in asks.values()] == [False, True, False]
-    assert [ask.learned for ask in asks.values()] == [700, None, None]
+    assert [ask.learned for ask in asks.values()] == [None] * 3  # nothing is left to be guessed
+    quote = office.quote("a/cheap", "e/thinker")
+    assert [each.ask.learned for each in quote.priced] == [700, None]
     assert quote.price_version.startswith("test+")
 
 
@@ -732,6 +734,19 @@ def test_an_alert_that_could_not_be_recorded_comes_later(office: Office, uncerta
     office.assert_in_order()
 
 
+def test_two_requests_that_wait_for_the_journal_raise_one_alert(office: Office) -> None:
+    office.change_user(monthly_limit=1_000_000)
+    ones = [office.reserve(max_tokens=1) for _ in range(2)]
+    with office.disk.broken():
+        for each in ones:
+            uses(answered(each), 0, 810)
+            ends(each)
+    give_spare(office.journal)
+    office.ledger.pay()
+    assert alerts(office) == [("user:alice", percent) for percent in (80, 95, 100)]
+    office.assert_in_order()
+
+
 # -- corrections -----------------------------------------------------------------------------------
 
 
@@ -1084,25 +1099,26 @@ def test_the_last_requests_can_be_asked_about(office: Office) -> None:
         reservation = office.reserve()
         ids.append(reservation.trace.request_id)
         ends(reservation)
-    recent = office.ledger.recent
-    assert [each.id for each in recent.of_key("key_1", 3)] == ids[:0:-1]
-    assert recent.of_key("key_2", 3) == []
-    found = recent.find(ids[0])
+    ledger = office.ledger
+    assert [each.id for each in ledger.recent.of_key("key_1", 3)] == ids[:0:-1]
+    assert ledger.recent.of_key("key_2", 3) == []
+    found = ledger.find(ids[0])
     assert found is not None and found.outcome is None
     ends(first)
-    found = recent.find(ids[0])
+    found = ledger.find(ids[0])
     assert found is not None and found.outcome == "failed"
 
 
 def test_no_more_requests_are_kept_than_that(office: Office) -> None:
-    recent = Recent(most=2)
+    office.ledger.recent = recent = Recent(most=2)
+    ids = []
     for _ in range(3):
-        ends(office.reserve())
-    requests = office.ledger.recent.of_key("key_1", 3)
-    for request in reversed(requests):
-        recent.add(request)
-    assert recent.of_key("key_1", 9) == requests[:2]
-    assert recent.find(requests[2].id) is None
+        reservation = office.reserve()
+        ids.append(reservation.trace.request_id)
+        ends(reservation)
+    assert [each.id for each in recent.of_key("key_1", 9)] == ids[:0:-1]
+    assert recent.find(ids[0]) is None
+
 
 
 # -- what is sent ----------------------------------------------------------------------------------

@@ -713,6 +713,21 @@ def test_a_sync_of_what_was_given_up_meanwhile_counts_for_nothing(files, disk, o
     assert not any(fd in disk.fds for fd in stale.fds)
 
 
+def test_no_descriptor_is_closed_under_a_sync_that_is_under_way(files, disk, owner):
+    owner.write("a")
+    stale = owner.journal.begin_sync()
+    files.faults["ftruncate"] = refuse(EIO)
+    files.at[len(files.calls) + 1] = lambda _: half()
+    owner.write("b")
+    files.faults.clear()
+    owner.sync()
+    assert owner.journal.synced == 2
+    assert all(fd in disk.fds for fd in stale.fds)
+    stale.run()
+    owner.journal.end_sync(stale, None)
+    assert not any(fd in disk.fds for fd in stale.fds)
+
+
 def test_a_sync_that_fails_after_what_it_is_for_was_given_up_does_no_harm(files, disk, owner):
     owner.write("a")
     stale = owner.journal.begin_sync()
@@ -1046,6 +1061,18 @@ def test_a_number_that_the_database_has_seen_is_never_used_again(disk, owner):
     assert owner.journal.next_lsn == 12
 
 
+def test_what_was_inherited_is_synced_also_where_the_database_is_ahead(disk, owner):
+    written = [owner.write("a"), owner.write("b")]
+    disk.kill()
+    owner.applied = Cursor(0, 0, 0xABCD, 10)
+    owner.start()
+    disk.cut_power(Worst())
+    owner.boot = "boot-2"
+    owner.start()
+    trail = owner.journal.trail()
+    assert trail.read(trail.find(0), 9, 9999)[0] == written
+
+
 def test_a_journal_that_is_gone_begins_after_the_database_and_on_its_chain(files):
     owner = Owner(files, FOLDER)
     owner.directory, owner.applied = Path("/new"), Cursor(0, 0, 77, 1000)
@@ -1191,6 +1218,20 @@ def test_what_a_power_cut_left_of_unsynced_records_is_cut_and_its_span_told(disk
     assert len(everything(owner.journal)) == 5
 
 
+def test_a_record_that_the_power_cut_short_does_not_stop_a_database_that_is_ahead(disk, owner):
+    written = [owner.write("a")]
+    end = owner.journal.end.offset
+    owner.write("b")
+    cache = disk.names[FOLDER / "0000000001.journal"].cache
+    cache[end + 30 :] = bytes(len(cache) - end - 30)
+    owner.applied = Cursor(0, 0, 0xABCD, 2)
+    owner.boot = "boot-2"
+    owner.start()
+    assert (owner.scan.cut.first_lsn, owner.journal.next_lsn) == (2, 3)
+    trail = owner.journal.trail()
+    assert trail.read(trail.find(0), 9, 9999)[0] == written
+
+
 def test_damage_before_a_record_that_was_synced_stops_the_start_after_a_power_cut_too(disk, owner):
     owner.write("a")
     place = owner.journal.end.offset
@@ -1210,7 +1251,8 @@ def test_a_power_cut_in_the_middle_of_setting_aside_is_taken_up_again(disk, owne
     refill(owner, 20)
     cache = disk.names[FOLDER / "0000000001.journal"].cache
     end = owner.journal.find(5)
-    assert end.segment == 1
+    lost = owner.journal.read(owner.journal.find(6), 1, 1)[0][0]
+    assert lost in cache[end.offset :]
     cache[end.offset + 3] ^= 1
     for inode in disk.names.values():
         disk_image = bytearray(inode.cache)
@@ -1233,6 +1275,7 @@ def test_a_power_cut_in_the_middle_of_setting_aside_is_taken_up_again(disk, owne
         again = Owner(copy, FOLDER, boot="boot-3")
         assert everything(again.journal)[:3] == written
         assert len(everything(again.journal)) == 5
+        assert any(lost in inode.cache for inode in copy.names.values())
         calls += 1
     assert calls > 20
 

@@ -348,15 +348,18 @@ async def test_our_own_checkpoints_are_nobody_else(place):
     assert place.heard == []
 
 
-async def test_a_log_that_was_deleted_is_noticed_after_the_next_commit(place):
+async def test_a_log_that_was_deleted_is_noticed_and_nothing_of_it_is_lost(place, tmp_path_factory):
     writer = place.writer()
     place.live.requests(20)
     await catch_up(writer)
     place.path.with_name("gwproxy.db-wal").unlink()
     place.live.requests(20)
-    await writer.step()
+    await writer.step()  # into a file without a name
     assert place.heard[0][0] == "lost"
     assert "write-ahead log is gone" in place.heard[0][1]
+    await catch_up(writer)
+    assert place.heard[1:] == [("ok", "")]
+    await assert_exact(place, tmp_path_factory.mktemp("truth"))
 
 
 # -- the mark ------------------------------------------------------------------------------------

@@ -49,11 +49,19 @@ ENOUGH_LENGTHS: Final = 3
 class _Lengths:
     """The last 64 answers' tokens, four bytes each, and what 95 of 100 of them stay within."""
 
-    __slots__ = ("p95", "packed")
+    __slots__ = ("_known", "_p95", "packed")
 
     def __init__(self, packed: bytes = b"") -> None:
         self.packed = packed
-        self.p95 = self._p95()
+        self._p95: int | None = None
+        self._known = False
+
+    @property
+    def p95(self) -> int | None:
+        """Worked out when it is asked for: most calls say for themselves how long they may get."""
+        if not self._known:
+            self._p95, self._known = self._look(), True
+        return self._p95
 
     @classmethod
     def read(cls, text: str) -> "_Lengths":
@@ -69,17 +77,17 @@ class _Lengths:
     def add(self, tokens: int) -> None:
         before = self.packed
         self.packed = (before + tokens.to_bytes(4, "little"))[-4 * KEPT :]
-        if self.p95 is not None and len(before) == 4 * KEPT:
+        if self._known and self._p95 is not None and len(before) == 4 * KEPT:
             gone = int.from_bytes(before[:4], "little")
-            if max(gone, tokens) < self.p95 or min(gone, tokens) > self.p95:
+            if max(gone, tokens) < self._p95 or min(gone, tokens) > self._p95:
                 return  # one for another on the same side: nine times in ten nothing moves
-        self.p95 = self._p95()
+        self._known = False
 
     def tokens(self) -> tuple[int, ...]:
         """Oldest first."""
         return struct.unpack(f"<{len(self.packed) // 4}I", self.packed)
 
-    def _p95(self) -> int | None:
+    def _look(self) -> int | None:
         ordered = sorted(self.tokens())
         if len(ordered) < ENOUGH_LENGTHS:
             return None

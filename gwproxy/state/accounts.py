@@ -81,7 +81,6 @@ class Accounts:
         self._keyring = keyring
         self.terms = terms
         self._own: dict[str, _Own] = {}
-        self._providers: dict[str, Account] = {}
 
     def of(
         self,
@@ -122,11 +121,7 @@ class Accounts:
         return (*own, Account(f"outage:{organization.org_id}", day, limit))
 
     def provider(self, name: str, day: str) -> Account:
-        known = self._providers.get(name)
-        if known is None or known.period != day:
-            known = Account(f"provider:{name}", day, self.terms.provider_daily.get(name))
-            self._providers[name] = known
-        return known
+        return Account(f"provider:{name}", day, self.terms.provider_daily.get(name))
 
     def refuse(
         self, state: State, accounts: tuple[Account, ...], needed: int, fits: int, now_ms: int

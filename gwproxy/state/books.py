@@ -109,6 +109,7 @@ class Books:
             if dearest * NEGLIGIBLE > room:
                 counted = await self._counted(chat)
         priced = []
+        declared = chat.max_output_tokens is not None
         for candidate, rate in rated:
             model = candidate.model
             ask = Ask(
@@ -117,7 +118,7 @@ class Books:
                 choices=chat.choices,
                 stream=chat.stream,
                 hidden=rate.hides_reasoning or chat.thinks,
-                learned=self._lengths.p95(principal.key_id, model),
+                learned=None if declared else self._lengths.p95(principal.key_id, model),
             )
             priced.append(Priced(candidate, rate, ask))
         return Quote(chat, tuple(priced), prices.version, counted)
@@ -274,13 +275,8 @@ class Books:
                 (usage.input, usage.cache_read, usage.cache_write, usage.output, usage.reasoning),
                 each.cost / NANOS_PER_USD,
             )
-            # An answer that was cut says nothing of how long they get, and a declared maximum cuts.
-            if (
-                each.source == "provider"
-                and usage.output
-                and trace.outcome == "completed"
-                and each.priced.ask.declared is None
-            ):
+            # An answer that was cut says nothing of how long they get.
+            if each.source == "provider" and usage.output and trace.outcome == "completed":
                 self._lengths.observe(reservation.principal.key_id, candidate.model, usage.output)
         metrics.settlement(trace.outcome).value += 1
         if overrun:

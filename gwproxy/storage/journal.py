@@ -374,19 +374,16 @@ class Journal:
     def begin_drop(self, lsn: int) -> Drop | None:
         """Remove the segments that hold nothing after `lsn`, never the active one, and files that
         were replaced. None when there is nothing to remove."""
-        covered = min(lsn, self.synced)
         # The segment up to which all is on the disk stays: what continues it may yet be lost.
         done = sum(
-            one.number < self._synced_at.segment and following.first_lsn <= covered + 1
+            one.number < self._synced_at.segment and following.first_lsn <= lsn + 1
             for one, following in pairwise(self._segments)
         )
-        kept = [one for one in self._replaced if one.number == self._synced_at.segment]
-        dropped = {*self._replaced, *self._segments[:done]}.difference(kept)
+        dropped = sorted((*self._replaced, *self._segments[:done]), key=lambda one: one.number)
         if not dropped:
             return None
-        self._replaced, self._segments = kept, self._segments[done:]
-        oldest_first = tuple(sorted(dropped, key=lambda one: one.number))
-        return Drop(self._files, self.directory, oldest_first)
+        self._replaced, self._segments = [], self._segments[done:]
+        return Drop(self._files, self.directory, tuple(dropped))
 
     def end_drop(self, drop: Drop, error: OSError | None) -> None:
         """What could not be removed counts as replaced: nobody reads it, and it is tried again."""
@@ -403,7 +400,7 @@ class Journal:
         return spare + sum(segment.size for segment in (*self._segments, *self._replaced))
 
     def _rotate(self, length: int) -> None:
-        """Go on in the spare, for a line of `length` bytes; NotWritten."""
+        """Go on in the spare, for a line of `length` bytes; or NotWritten."""
         if self._distrusted is not None or self._spare is None:
             raise NotWritten(self.lost or f"no room for {length} bytes, and {self._no_spare}")
         if HEADER_BYTES + length > self._spare.size:
@@ -470,8 +467,6 @@ class Journal:
         except OSError:
             whole = False
         if not whole:
-            with suppress(OSError):
-                self._files.ftruncate(spare.fd, 0)
             self._unused.append(spare.fd)
             self._replaced.append(segment)
             return False

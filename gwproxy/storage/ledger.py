@@ -26,7 +26,6 @@ from gwproxy.core.ledger import (
     Entry,
     Hold,
     Key,
-    Request,
     State,
     Touched,
     apply,
@@ -42,6 +41,7 @@ from gwproxy.core.records import (
     Close,
     Held,
     Reserve,
+    Settle,
     decode,
     encode,
 )
@@ -271,21 +271,23 @@ class Batch:
     charges: list[Entry] = field(default_factory=list)
     balances: set[Key] = field(default_factory=set)
     reservations: set[int] = field(default_factory=set)
-    requests: dict[int, tuple[str, Request]] = field(default_factory=dict)
-    """With the period of the caller's own accounts."""
+    requests: dict[int, Touched] = field(default_factory=dict)
+    """What happened last to each: a row is made of that alone."""
     others: list[tuple[AnyRecord, Sequence[Entry]]] = field(default_factory=list)
 
     def add(self, record: AnyRecord, touched: Touched) -> None:
         self.count += 1
         self.balances.update(touched.balances)
-        if touched.reservation is None:
+        reserve = touched.reserve
+        if reserve is None:
             self.others.append((record, touched.entries))
             return
-        self.reservations.add(touched.reservation)
-        self.charges += touched.entries
-        request = touched.request
-        if request is not None:
-            self.requests[request.lsn] = (touched.balances[0][1], request)
+        self.reservations.add(reserve.lsn)
+        if isinstance(record, Settle):
+            self.charges += touched.entries
+            self.requests[reserve.lsn] = touched
+        elif record is reserve:
+            self.requests[reserve.lsn] = touched
 
 
 class _Insert:
@@ -350,7 +352,7 @@ def write(connection: sqlite3.Connection, batch: Batch, state: State, mark: Mark
     first = batch.first
     _insert_charges(connection, list(map(_charge, batch.charges)))
 
-    requests = [_request_row(*each) for each in batch.requests.values()]
+    requests = [_request_row(touched) for touched in batch.requests.values()]
     known = [row for row in requests if row[0] < first]
     _insert_requests(connection, [row for row in requests if row[0] >= first])
     _each(connection, _SETTLE_REQUEST, known)
@@ -459,11 +461,13 @@ def _write_other(
         connection.execute(_PUT_KEY, (record.idempotency_key, lsn, t))
 
 
-def _request_row(period: str, request: Request) -> tuple[Any, ...]:
+def _request_row(touched: Touched) -> tuple[Any, ...]:
+    reserve, request = touched.reserve, touched.request
+    assert reserve is not None and request is not None, "it is about a request"
     return (
         request.lsn,
         request.t,
-        period,
+        reserve.holds[0].period,
         request.id,
         request.key_id,
         request.user_id,

@@ -410,6 +410,7 @@ async def relay(
                 reservation.outcome = Outcome.CUT if quota else Outcome.TRUNCATED
                 return
         call.relayed = call.said
+        life.world.point()
         recorded = life.world.oracle.fold.open[reservation.lsn]
         story = life.world.upstream.story(call.request_id)
         if not recorded.hidden:

@@ -121,7 +121,6 @@ def _(stack: ExitStack) -> None:
             raise ledger.NotRecorded("no")
 
     _instead(stack, ledger.Ledger, "admit", admit)
-    _instead(stack, journal, "LEAST_ROOM_BYTES", 0)
 
 
 @defect("owed-later", "what is owed is recorded before anything new is let in")

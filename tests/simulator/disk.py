@@ -117,6 +117,22 @@ class Disk:
         self.faults = 0
         """How many calls failed."""
 
+    def rot(self) -> bool:
+        """One byte that had reached the disk is another one from now on."""
+        written = [
+            (node, place)
+            for node in self.names.values()
+            for place in [len(node.disk.rstrip(b"\0"))]
+            if place
+        ]
+        if not written:
+            return False
+        node, length = self.random.choice(written)
+        place = self.random.randrange(length)
+        for content in (node.disk, node.data):
+            content[place] ^= self.random.randrange(1, 256)
+        return True
+
     def cut(self) -> None:
         kept = self.random.choice((0.0, 0.3, 0.7, 1.0))
         moves = self.moves
@@ -156,9 +172,16 @@ class DiskFiles:
     """`Files` of one process. Each call may be its last; `breathe` lets others run meanwhile."""
 
     def __init__(
-        self, disk: Disk, boot_id: str, point: Callable[[], None], breathe: Callable[[], None]
+        self,
+        disk: Disk,
+        boot_id: str,
+        point: Callable[[], None],
+        breathe: Callable[[], None],
+        tempt: Callable[[float], None],
     ) -> None:
+        """`tempt`: something rare has happened, and a crash soon would be of interest."""
         self.disk = disk
+        self._tempt = tempt
         self.alive = True
         self._boot_id = boot_id
         self._point = point
@@ -177,6 +200,7 @@ class DiskFiles:
     def _fail(self, probability: float, number: int = errno.EIO) -> None:
         if probability and self.disk.random.random() < probability:
             self.disk.faults += 1
+            self._tempt(0.02)
             raise OSError(number, os.strerror(number))
 
     def _new_fd(self, node: Node) -> int:
@@ -192,6 +216,7 @@ class DiskFiles:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         if self.disk.weather.full:
             self._fail(1.0, errno.ENOSPC)
+        self._tempt(0.05)
         node = Node()
         self.disk.bind((path, node))
         return self._new_fd(node)
@@ -278,6 +303,7 @@ class DiskFiles:
                 del node.dirty[sector]
         if failed:
             self.disk.faults += 1
+            self._tempt(0.1)
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     fdatasync = fsync
@@ -303,6 +329,7 @@ class DiskFiles:
         self._enter()
         if path not in self.disk.names:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        self._tempt(0.05)
         self.disk.bind((path, None))
 
     def read(self, path: Path, /) -> bytes:

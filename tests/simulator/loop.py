@@ -16,12 +16,11 @@ class Killed(BaseException):
 
 
 class Loop(asyncio.AbstractEventLoop):
-    """Tasks, timers and executors. `point` is called before each step: it may raise Killed."""
+    """Tasks, timers and executors. Killed comes through `step`; all else is kept in `failures`."""
 
-    def __init__(self, random: Random, start_s: float, point: Callable[[], None]) -> None:
+    def __init__(self, random: Random, start_s: float) -> None:
         self.random = random
         self.now_s = start_s
-        self.point = point
         self.failures: list[BaseException] = []
         """What reached the loop and should not have."""
         self.slow_threads = False
@@ -46,7 +45,6 @@ class Loop(asyncio.AbstractEventLoop):
             self._ready.append(heapq.heappop(self._timers)[2])
         handle = self._ready.popleft()
         if not handle._cancelled:  # type: ignore[attr-defined]
-            self.point()
             before = asyncio._get_running_loop()
             asyncio._set_running_loop(self)
             try:

@@ -15,7 +15,9 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final
 
+import gwproxy.state.ledger as real_ledger
 import gwproxy.state.store as real_store
+import gwproxy.storage.journal as real_journal
 from gwproxy.core.errors import StorageUnavailable
 from gwproxy.core.learned import OutputLengths
 from gwproxy.core.ledger import State
@@ -66,22 +68,28 @@ class Plan:
     slow: bool
     liar: bool
     clocks: bool
+    rot: bool
+    small: bool
+    """Little room is kept in the journal, so that segments can be short and many."""
     segment_bytes: int
     most_segments: int
 
     @classmethod
     def draw(cls, random: Random) -> "Plan":
+        small = random.random() < 0.4
         return cls(
             full=random.random() < 0.35,
             crashes=random.choice((0, 1, 2, 3, 5)),
-            power_cuts=random.random() < 0.6,
+            power_cuts=random.random() < 0.7,
             at_boot=random.random() < 0.35,
             disk_faults=random.random() < 0.5,
             database_faults=random.random() < 0.5,
             slow=random.random() < 0.2,
             liar=random.random() < 0.08,
             clocks=random.random() < 0.3,
-            segment_bytes=random.choice((24, 40, 64)) << 10,
+            rot=random.random() < 0.06,
+            small=small,
+            segment_bytes=random.choice((6, 10, 16) if small else (24, 40, 64)) << 10,
             most_segments=random.choice((4, 6, 20)),
         )
 
@@ -128,8 +136,10 @@ class Life:
     def __init__(self, world: "World") -> None:
         self.world = world
         self.random = world.random
-        self.loop = Loop(world.random, world.now_s, world.point)
-        self.files = DiskFiles(world.disk, world.boot_id, world.point, self.loop.breathe)
+        self.loop = Loop(world.random, world.now_s)
+        self.files = DiskFiles(
+            world.disk, world.boot_id, world.point, self.loop.breathe, world.tempt
+        )
         self.database: PlayedDatabase | None = None
         self.journal: Journal | None = None
         self.ledger: Ledger | None = None
@@ -173,6 +183,7 @@ class World:
         """Requests of whose records a power cut took some."""
         self.floor = 0
         """No record up to this one may ever be missing."""
+        self.rotten = False
         self.cut = False
         """The power has failed since the ledger last stood."""
         self.serial = 0
@@ -223,6 +234,11 @@ class World:
                 self.life.end()
                 raise Killed
 
+    def tempt(self, probability: float) -> None:
+        """Something rare has happened: let a crash that has to come anyway come soon."""
+        if self.until_crash is not None and self.random.random() < probability:
+            self.until_crash = min(self.until_crash, self.random.randint(1, 40))
+
     def say(self, *words: object) -> None:
         self.trace.append(f"{self.true_s():.3f} " + " ".join(map(str, words)))
 
@@ -235,13 +251,13 @@ class World:
             while True:
                 if crashes:
                     early = self.random.random() < (0.7 if self.plan.at_boot else 0.1)
-                    self.until_crash = self.random.randint(1, 250 if early else 6000)
+                    self.until_crash = self.random.randint(1, 60 if early else 1200)
                 else:
                     self.until_crash = None
                 outcome = self._live(last=not crashes)
                 self.say("life ended:", outcome)
                 if outcome == "refused":
-                    if self.plan.liar:
+                    if self.plan.liar or self.rotten:
                         return
                     self.disk.weather.clear()
                     self.file.weather.clear()
@@ -255,11 +271,14 @@ class World:
                 if outcome == "crashed":
                     self.disk.weather.clear()
                     self.file.weather.clear()
-                    if self.plan.power_cuts and self.random.random() < 0.5:
+                    if self.plan.power_cuts and self.random.random() < 0.6:
                         self.say("the power fails")
                         self.disk.cut()
                         self.boots += 1
                         self.cut = True
+                    if self.plan.rot and self.random.random() < 0.4 and self.disk.rot():
+                        self.say("a byte has rotted")
+                        self.rotten = True
 
     def _live(self, *, last: bool) -> str:
         life = self.life = Life(self)
@@ -376,7 +395,7 @@ class World:
 
     def _may_refuse(self) -> bool:
         """A start may fail while the disk or the database does; never for what a crash left."""
-        if self.plan.liar:
+        if self.plan.liar or self.rotten:
             return True
         return not (self.disk.weather.fine and self.file.weather.fine) or self.file.foreign
 
@@ -474,8 +493,8 @@ class World:
 
     @property
     def troubled(self) -> bool:
-        """Something other than crashes has happened to the disk."""
-        return bool(self.plan.disk_faults or self.plan.slow)
+        """The room that is kept need not do."""
+        return self.plan.disk_faults or self.plan.small
 
     def stands(self, ledger: Ledger) -> None:
         """The start has put the state together: is anything missing that had to last?"""
@@ -502,13 +521,16 @@ class World:
         life.ledger = ledger
         self._compare(state)
         self.say("stands at", state.lsn, "of", len(before))
+        self.tempt(0.15)
 
     def _read_again(self, journal: Journal) -> None:
         """What stands in the journal is what was acknowledged, byte for byte."""
         trail = journal.trail()
         if not trail.segments:
             return
-        quiet = DiskFiles(self.disk, self.boot_id, lambda: None, lambda: None)
+        quiet = DiskFiles(
+            self.disk, self.boot_id, lambda: None, lambda: None, lambda probability: None
+        )
         weather, self.disk.weather = self.disk.weather, type(self.disk.weather)()
         try:
             trail = type(trail)(quiet, trail.directory, trail.segments, trail.end)
@@ -544,6 +566,7 @@ OVERRIDES: Final[dict[str, dict[str, object]]] = {
 def _patched(world: World) -> Iterator[None]:
     """The seams that the gateway has no argument for, and the oracle's ears."""
     write, recover = Journal.write, Ledger.recover
+    room = real_ledger.SETTLEMENT_ROOM_BYTES, real_journal.LEAST_ROOM_BYTES
     kept = {name: getattr(real_store, name) for name in ("time", "secrets", "Backups", "BACKUP_LOOK_S")}
 
     def listening(journal: Journal, payload: bytes) -> None:
@@ -585,6 +608,9 @@ def _patched(world: World) -> Iterator[None]:
     real_store.time = _Time(world)  # type: ignore[attr-defined]
     real_store.secrets = _Secrets(world.random)  # type: ignore[attr-defined]
     real_store.BACKUP_LOOK_S = 3.0  # type: ignore[misc]
+    if world.plan.small:
+        real_ledger.SETTLEMENT_ROOM_BYTES = 1024  # type: ignore[misc]
+        real_journal.LEAST_ROOM_BYTES = 1024  # type: ignore[misc]
     real_store.Backups = (  # type: ignore[misc, assignment]
         lambda folder, **how: PlayedBackups(world.file)
     )
@@ -594,3 +620,4 @@ def _patched(world: World) -> Iterator[None]:
         Journal.write, Ledger.recover = write, recover  # type: ignore[method-assign]
         for name, value in kept.items():
             setattr(real_store, name, value)
+        real_ledger.SETTLEMENT_ROOM_BYTES, real_journal.LEAST_ROOM_BYTES = room
