@@ -424,3 +424,38 @@ def test_a_candidate_sent_as_it_came_keeps_its_whole_name() -> None:
     chat = ChatRequest.parse(body(model="mock/echo"))
     verbatim = Candidate(Provider("upstream", "", "mock"), "mock/echo", "mock/echo", verbatim=True)
     assert json.loads(chat.body_for(verbatim))["model"] == "mock/echo"
+
+
+HOUR = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (HOUR, "cache_control.ttl"),
+        (
+            {"messages": [{"role": "user", "content": "Hi", **HOUR}]},
+            "messages[0].cache_control.ttl",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi", **HOUR}]}]},
+            "messages[0].content[0].cache_control.ttl",
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f"}, **HOUR}]},
+            "tools[0].cache_control.ttl",
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", **HOUR}}]},
+            "tools[0].cache_control.ttl",
+        ),
+    ],
+)
+def test_a_cache_of_an_hour_has_no_price_of_its_own(body: dict[str, Any], param: str) -> None:
+    whole = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], **body}
+    with pytest.raises(InvalidRequest) as refused:
+        ChatRequest.parse(orjson.dumps(whole))
+    assert (refused.value.code, refused.value.param) == ("unsupported_parameter", param)
+    ChatRequest.parse(orjson.dumps(whole), frozenset({"cache_1h"}))
+    minutes = orjson.dumps(whole).replace(b'"1h"', b'"5m"')
+    ChatRequest.parse(minutes)
