@@ -206,17 +206,19 @@ async def test_a_lock_held_from_outside_is_lost_after_five_seconds_and_not_befor
 
 
 async def test_slow_with_progress_is_not_lost(place):
+    """Something is always waiting, and something is always committed."""
     faulty = Faulty(place.database)
     writer = place.writer(faulty)
 
     def slow() -> None:
+        place.live.requests(5)
         place.now += 4.5
         writer.tick()
 
     faulty.after = slow
+    place.live.requests(5)
     for _ in range(4):
-        place.live.requests(5)
-        await writer.step()
+        assert await writer.step() == 10
         writer.tick()
     assert place.heard == []
 
