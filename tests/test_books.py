@@ -1120,7 +1120,6 @@ def test_no_more_requests_are_kept_than_that(office: Office) -> None:
     assert recent.find(ids[0]) is None
 
 
-
 # -- what is sent ----------------------------------------------------------------------------------
 
 

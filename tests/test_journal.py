@@ -1011,26 +1011,38 @@ def test_a_journal_of_another_ledger_is_refused(disk, owner):
     assert {path: bytes(inode.cache) for path, inode in disk.names.items()} == before
 
 
+def rewrite_header(disk: Disk, number: int, old: bytes, new: bytes) -> None:
+    """Change a header, and its crc with it."""
+    cache = disk.names[FOLDER / f"{number:010}.journal"].cache
+    payload = bytes(cache[9 : HEADER_BYTES - 1])
+    assert payload.count(old) == 1
+    payload = payload.replace(old, new).rstrip().ljust(HEADER_BYTES - 10)
+    cache[:HEADER_BYTES] = b"%08x %b\n" % (crc32(payload), payload)
+
+
 def test_segments_of_two_ledgers_in_one_folder_are_refused(disk, owner):
-    other = Disk()
-    Owner(other, Path("/other")).write("a")
-    header = other.names[Path("/other/0000000001.journal")].cache
-    payload = bytes(header[9 : HEADER_BYTES - 1]).replace(b"ledger-1", b"ledger-2")
-    header[:HEADER_BYTES] = b"%08x %b\n" % (crc32(payload), payload)
-    disk.names[FOLDER / "0000000009.journal"] = other.names[Path("/other/0000000001.journal")]
+    refill(owner)
+    rewrite_header(disk, 2, b"ledger-1", b"ledger-2")
     with pytest.raises(JournalRefused, match="segments of different ledgers"):
         owner.start()
 
 
-def test_a_journal_of_another_version_is_refused(disk, owner):
-    data = disk.names[FOLDER / "0000000001.journal"].cache
-    for change in ((b'"version":1', b'"version":2'), (b'"epoch":1', b'"apoch":1')):
-        payload = bytes(data[9 : HEADER_BYTES - 1]).replace(*change)
-        disk.names[FOLDER / "0000000001.journal"].cache = bytearray(
-            b"%08x %b\n" % (crc32(payload), payload)
-        )
-        with pytest.raises(JournalRefused, match=r"0000000001\.journal: written by another ver"):
-            owner.start()
+@pytest.mark.parametrize("change", [(b'"version":1', b'"version":2'), (b'"epoch":1', b'"apoch":1')])
+def test_a_journal_of_another_version_is_refused(disk, owner, change):
+    rewrite_header(disk, 1, *change)
+    with pytest.raises(JournalRefused, match=r"0000000001\.journal: written by another version"):
+        owner.start()
+
+
+@pytest.mark.parametrize(
+    "change", [(b'"first_lsn":', b'"first_lsn":-'), (b'"chain":', b'"chain":1')]
+)
+def test_a_segment_that_does_not_follow_the_one_before_stops_the_start(disk, owner, change):
+    refill(owner)
+    rewrite_header(disk, 2, *change)
+    with pytest.raises(Corrupt, match="its records do not follow those before it") as refused:
+        owner.start()
+    assert refused.value.file.name == "0000000002.journal"
 
 
 def test_a_record_that_goes_by_another_number_than_its_place_stops_the_start(disk, owner):
@@ -1101,6 +1113,37 @@ def test_a_last_record_that_is_cut_short_at_any_byte_was_never_written(disk, own
     owner.start()
     assert everything(owner.journal) == written
     assert len(inode.cache) == begin
+
+
+def test_records_that_are_gone_from_the_end_of_an_older_segment_stop_the_start(disk, owner):
+    refill(owner)
+    disk.kill()
+    cache = disk.names[FOLDER / "0000000001.journal"].cache
+    trail = owner.journal.trail()
+    end = trail.segments[0].length
+    last = trail.find(trail.segments[1].first_lsn - 2).offset
+    # A whole record, as if it had never been; and half of one, as if its writing was cut short.
+    for place in (last, last + 50):
+        whole = bytes(cache)
+        cache[place:] = bytes(len(cache) - place)
+        with pytest.raises(Corrupt, match=f"damaged at byte {last}") as refused:
+            owner.start()
+        assert refused.value.file.name == "0000000001.journal"
+        cache[:] = whole
+    assert last + 50 < end
+
+
+def test_a_last_record_that_has_lost_its_line_feed_was_written_and_stops_the_start(disk, owner):
+    owner.write("a")
+    place = owner.journal.end.offset - 1
+    disk.kill()
+    for file_place in (place, HEADER_BYTES - 1):
+        cache = disk.names[FOLDER / "0000000001.journal"].cache
+        for bit in range(8):
+            cache[file_place] ^= 1 << bit
+            with pytest.raises(Corrupt):
+                owner.start()
+            cache[file_place] ^= 1 << bit
 
 
 SMALL = 1200

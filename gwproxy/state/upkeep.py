@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Final, Protocol
 
+from gwproxy.core.errors import StorageUnavailable
 from gwproxy.log import Log
 from gwproxy.storage.journal import Journal
 
@@ -18,6 +19,10 @@ STALLED_AFTER_S: Final = 5.0
 """A sync that takes longer is no sync: nothing more is promised on its account."""
 
 LOOK_EVERY_S: Final = 0.25
+
+RETRY_AFTER_S: Final = 5
+
+_LOST: Final = "The gateway's storage is not available at the moment."
 
 
 class _Ticket(Protocol):
@@ -42,7 +47,10 @@ class Upkeep:
         self._was_lost: str | None = None
 
     async def durable(self, lsn: int) -> None:
-        """Return when the record `lsn` and all before it are on the disk: one sync for many."""
+        """Return when the record `lsn` and all before it are on the disk: one sync for many.
+
+        StorageUnavailable when the journal is lost meanwhile.
+        """
         if self._journal.synced >= lsn:
             return
         future: asyncio.Future[None] = self._loop.create_future()
@@ -136,6 +144,8 @@ class Upkeep:
                 self._was_lost = lost
                 level, event = ("error", "journal lost") if lost else ("info", "journal recovered")
                 self._log.event(level, event, cause=lost)
+            if lost is not None:
+                self._give_up()
             await asyncio.sleep(LOOK_EVERY_S)
 
     @asynccontextmanager
@@ -155,6 +165,13 @@ class Upkeep:
         yield failure
         if cancelled is not None:
             raise cancelled
+
+    def _give_up(self) -> None:
+        """Whoever waits for the disk is told that there is nothing to wait for."""
+        waiting, self._waiting = self._waiting, []
+        for _, future in waiting:
+            if not future.done():
+                future.set_exception(StorageUnavailable(_LOST, retry_after_s=RETRY_AFTER_S))
 
     def _release(self) -> None:
         synced, waiting = self._journal.synced, self._waiting

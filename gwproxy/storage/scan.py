@@ -224,8 +224,7 @@ def _look(files: Files, path: Path) -> _Found:
         files.close(fd)
     payloads, used, _ = records(data, 0, 1)
     if used < HEADER_BYTES:
-        whole = len(data.rstrip(b"\0")) == HEADER_BYTES
-        return _Found(path, size, None, not whole and _unfinished(data, 0))
+        return _Found(path, size, None, _unfinished(data, 0))
     try:
         header = msgspec.json.decode(payloads[0], type=Header)
     except msgspec.MsgspecError:

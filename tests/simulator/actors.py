@@ -7,7 +7,7 @@ rooms do with sockets is done here with the played upstream, in the same order.
 import asyncio
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 from multidict import CIMultiDict
@@ -20,11 +20,9 @@ from gwproxy.core.routing import Candidate, Provider
 from gwproxy.core.trace import Attempt, Trace
 from gwproxy.state.ledger import NotRecorded, RecordUncertain
 from gwproxy.state.reservation import Outcome, Reservation
+from tests.simulator.life import Life
 from tests.simulator.oracle import check
 from tests.simulator.upstream import TARIFFS, Call, family, prompt_of
-
-if TYPE_CHECKING:
-    from tests.simulator.world import Life
 
 PROVIDERS = {name: Provider(name, name, name) for name in ("alpha", "beta", "gamma")}
 
@@ -42,14 +40,14 @@ KEYS = {"a1": "ann", "a2": "ann", "b1": "bob", "c1": "cec", "d1": "dan"}
 USD = 1_000_000_000
 
 
-async def pause(life: "Life", longest_s: float) -> None:
+async def pause(life: Life, longest_s: float) -> None:
     await asyncio.sleep(life.random.uniform(0, longest_s))
 
 
 # -- the operator --------------------------------------------------------------------------------
 
 
-async def directory(life: "Life") -> None:
+async def directory(life: Life) -> None:
     """Organizations, users and keys, as far as they are not there yet."""
     assert life.store is not None
     random, keyring, admin = life.random, life.store.keyring, life.store.directory
@@ -60,8 +58,8 @@ async def directory(life: "Life") -> None:
                     budget = random.choice((None, 3 * USD, 12 * USD))
                     await admin.create_organization(
                         org_id=org_id,
-                        monthly_budget=budget,  # type: ignore[arg-type]
-                        **fields,  # type: ignore[arg-type]
+                        monthly_budget=budget,
+                        **fields,
                     )
             for user_id, org_id in USERS.items():
                 if keyring.user(user_id) is None:
@@ -69,7 +67,7 @@ async def directory(life: "Life") -> None:
                     await admin.create_user(
                         user_id=user_id,
                         org_id=org_id,
-                        monthly_limit=limit,  # type: ignore[arg-type]
+                        monthly_limit=limit,
                     )
             for name, user_id in KEYS.items():
                 known = life.world.keys.get(name)
@@ -78,7 +76,7 @@ async def directory(life: "Life") -> None:
                     key, text = await admin.create_key(
                         user_id,
                         name=name,
-                        monthly_limit=limit,  # type: ignore[arg-type]
+                        monthly_limit=limit,
                     )
                     life.world.keys[name] = (key.key_id, text)
             return
@@ -87,7 +85,7 @@ async def directory(life: "Life") -> None:
             await pause(life, 2)
 
 
-async def admin(life: "Life") -> None:
+async def admin(life: Life) -> None:
     """Lower and raise limits, grant, reset, revoke, suspend."""
     assert life.store is not None
     random, store, world = life.random, life.store, life.world
@@ -111,7 +109,7 @@ async def admin(life: "Life") -> None:
                 user_id = random.choice(list(USERS))
                 await store.directory.set_user_status(user_id, Status.SUSPENDED)
                 check(
-                    store.keyring.user(user_id).status is Status.SUSPENDED,  # type: ignore[union-attr]
+                    store.keyring.user(user_id).status is Status.SUSPENDED,
                     "suspended, and not in force",
                 )
                 await pause(life, 1)
@@ -120,7 +118,7 @@ async def admin(life: "Life") -> None:
             world.say("admin:", type(error).__name__, error)
 
 
-async def _limit(life: "Life", user_id: str) -> None:
+async def _limit(life: Life, user_id: str) -> None:
     """A new limit for a user, as the directory would set it."""
     assert life.store is not None
     row = life.store.keyring.user(user_id)
@@ -141,11 +139,11 @@ async def _limit(life: "Life", user_id: str) -> None:
         assert now is not None
         if lower:
             check(now.monthly_limit == limit, "a lower limit is not in force")
-        in_force[account] = now.monthly_limit  # type: ignore[assignment]
+        in_force[account] = now.monthly_limit
         raise
 
 
-def _adjust(life: "Life", user_id: str) -> None:
+def _adjust(life: Life, user_id: str) -> None:
     """A grant or a reset. It is recorded or it is not."""
     assert life.store is not None
     random, ledger = life.random, life.store.ledger
@@ -174,7 +172,7 @@ def _adjust(life: "Life", user_id: str) -> None:
 # -- the weather ---------------------------------------------------------------------------------
 
 
-async def weather(life: "Life") -> None:
+async def weather(life: Life) -> None:
     """Spells in which the disk, the database or both do badly."""
     random, world = life.random, life.world
     plan = world.plan
@@ -211,7 +209,7 @@ async def weather(life: "Life") -> None:
         life.loop.slow_threads = False
 
 
-async def clock(life: "Life") -> None:
+async def clock(life: Life) -> None:
     """Wall clocks that leap, and nights that pass."""
     random, world = life.random, life.world
     while world.plan.clocks:
@@ -231,18 +229,18 @@ async def clock(life: "Life") -> None:
 # -- clients -------------------------------------------------------------------------------------
 
 
-async def client(life: "Life") -> None:
+async def client(life: Life) -> None:
     for _ in range(life.random.randint(2, 9)):
         await pause(life, 2)
         await request(life)
 
 
-async def request(life: "Life") -> None:
+async def request(life: Life) -> None:
     """One request, by the seven verbs."""
     assert life.store is not None
     random, world, store = life.random, life.world, life.store
     name = random.choice(list(world.keys))
-    key_id, text = world.keys[name]
+    _, text = world.keys[name]
     try:
         principal = store.keyring.authenticate(
             CIMultiDict({"Authorization": f"Bearer {text}"}), world.true_s()
@@ -285,9 +283,7 @@ async def request(life: "Life") -> None:
         await reconcile(life, reservation)
 
 
-async def converse(
-    life: "Life", reservation: Reservation, trace: Trace, prompt: int
-) -> None:
+async def converse(life: Life, reservation: Reservation, trace: Trace, prompt: int) -> None:
     """Walk the chain until somebody answers, then relay."""
     random, world = life.random, life.world
     failed = False
@@ -340,7 +336,7 @@ async def converse(
     raise ConnectionError("every provider failed")
 
 
-def _length(life: "Life", limit: int | None, model: str) -> int:
+def _length(life: Life, limit: int | None, model: str) -> int:
     """How long an answer gets: within its limit, as a rule."""
     length = life.random.choice((3, 60, 300, 900, 2500))
     if limit is not None and life.random.random() < 0.95:
@@ -349,7 +345,7 @@ def _length(life: "Life", limit: int | None, model: str) -> int:
     return length if most is None else min(length, most)
 
 
-def _usage(life: "Life", call: Call) -> dict[str, Any]:
+def _usage(life: Life, call: Call) -> dict[str, Any]:
     """What the upstream says that it used."""
     random = life.random
     output = family(call.model, call.said)
@@ -366,9 +362,7 @@ def _usage(life: "Life", call: Call) -> dict[str, Any]:
     }
 
 
-def whole(
-    life: "Life", reservation: Reservation, call: Call, meter: Any, limit: int | None
-) -> None:
+def whole(life: Life, reservation: Reservation, call: Call, meter: Any, limit: int | None) -> None:
     """An answer in one piece: it is settled before its head goes out."""
     call.said = _length(life, limit, call.model)
     answer: dict[str, Any] = {"choices": [{"message": {"content": " w" * call.said}}]}
@@ -381,7 +375,7 @@ def whole(
 
 
 async def relay(
-    life: "Life", reservation: Reservation, call: Call, meter: Any, limit: int | None
+    life: Life, reservation: Reservation, call: Call, meter: Any, limit: int | None
 ) -> None:
     """Event by event: nothing is passed on above the watermark."""
     random = life.random
@@ -422,7 +416,7 @@ async def relay(
     reservation.outcome = Outcome.COMPLETED
 
 
-async def reconcile(life: "Life", reservation: Reservation) -> None:
+async def reconcile(life: Life, reservation: Reservation) -> None:
     """The upstream's own log says later what a request without an answer was billed."""
     assert life.store is not None
     await pause(life, 5)

@@ -6,9 +6,8 @@ Every defect is a patch of the real modules for one run, or a switch of an actor
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
-from unittest.mock import patch
 
 import msgspec
 
@@ -29,6 +28,7 @@ from gwproxy.state.directory import Directory
 from gwproxy.state.reservation import Outcome, Planned, Reservation
 from tests.simulator import database as played
 from tests.simulator.disk import DiskFiles
+from tests.simulator.seams import instead
 
 Patch = Callable[[ExitStack], None]
 
@@ -62,7 +62,7 @@ def planted(name: str | None) -> Iterator[None]:
 
 
 def _instead(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
-    stack.enter_context(patch.object(owner, name, value))
+    stack.enter_context(instead(owner, name, value))
 
 
 # -- admission -----------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def _(stack: ExitStack) -> None:
             hold.holds = tuple(moved)
         return settle(state, record)
 
-    stack.enter_context(patch.dict(core._APPLY, {Settle: late}))  # type: ignore[arg-type]
+    _instead(stack, core, "_APPLY", {**core._APPLY, Settle: late})
 
 
 @defect("late-watermark", "a watermark is recorded before anything above it is relayed")
@@ -252,9 +252,7 @@ def _(stack: ExitStack) -> None:
     recover = ledger.Ledger.recover
 
     def silent(self: ledger.Ledger) -> int:
-        with patch.object(
-            ledger.Ledger, "post", lambda self, record: core.apply(self.state, record)
-        ):
+        with instead(ledger.Ledger, "post", lambda self, record: core.apply(self.state, record)):
             return recover(self)
 
     _instead(stack, ledger.Ledger, "recover", silent)
@@ -326,7 +324,7 @@ def _(stack: ExitStack) -> None:
 
     def buffered(self: journal.Journal, payload: bytes) -> None:
         files = self._files
-        self._files = _Buffered(files, self)  # type: ignore[assignment]
+        self._files = _Buffered(files, self)
         try:
             write(self, payload)
         finally:
@@ -389,7 +387,7 @@ def _(stack: ExitStack) -> None:
     inherit = journal.inherit
 
     def trusting(files: Any, directory: Any, found: Any) -> Any:
-        with patch.object(DiskFiles, "fsync", lambda self, fd: None):
+        with instead(DiskFiles, "fsync", lambda self, fd: None):
             return inherit(files, directory, found)
 
     _instead(stack, journal, "inherit", trusting)
@@ -421,7 +419,8 @@ def _(stack: ExitStack) -> None:
 @defect("damage-cut-off", "damage before the last synced record stops the start", 600)
 def _(stack: ExitStack) -> None:
     _instead(stack, scan, "_unfinished", lambda data, chain: True)
-    _instead(stack, scan, "max", lambda *values: 0 if len(values) == 1 else max(*values))
+    stack.callback(delattr, scan, "max")
+    scan.max = lambda *values: 0 if len(values) == 1 else max(*values)
 
 
 @defect("boot-id-ignored", "after a power cut what was not synced may be gone", 100)
@@ -431,7 +430,7 @@ def _(stack: ExitStack) -> None:
 
 @defect("number-used-again", "a number that the database has seen is not used again", 2000)
 def _(stack: ExitStack) -> None:
-    start = journal.Journal.start.__func__  # type: ignore[attr-defined]
+    start = vars(journal.Journal)["start"].__func__
 
     def forgetful(cls: Any, files: Any, directory: Any, found: Any, **rest: Any) -> Any:
         return start(cls, files, directory, found, **{**rest, "applied_lsn": 0})
@@ -466,7 +465,8 @@ def _(stack: ExitStack) -> None:
 @defect("place-kept-after-a-fault", "after any fault the mark is read again", 200)
 def _(stack: ExitStack) -> None:
     step = tables.Writer.step
-    _instead(stack, tables, "_ADVANCE", tables._ADVANCE.replace("applied_lsn = ? AND", "? >= 0 AND"))
+    anywhere = tables._ADVANCE.replace("applied_lsn = ? AND", "? >= 0 AND")
+    _instead(stack, tables, "_ADVANCE", anywhere)
 
     async def stubborn(self: tables.Writer) -> int:
         place = self._place
@@ -506,11 +506,74 @@ def _(stack: ExitStack) -> None:
     _instead(stack, played.PlayedDatabase, "fault", lambda self: None)
 
 
-@defect("mark-not-compared", "a database goes on only where its mark is the journal's", 1000)
+# -- what was really wrong once --------------------------------------------------------------------
+
+
+@defect("uncertain-watermark", "a watermark of unknown outcome allows for nothing", 300)
 def _(stack: ExitStack) -> None:
-    async def anywhere(self: tables.Writer, mark: tables.Mark) -> Any:
-        end = self._journal.end
-        return replace(end, lsn=mark.lsn) if mark.lsn > end.lsn else self._journal.find(mark.lsn)
+    set_mark = Reservation._set_mark
 
-    _instead(stack, tables.Writer, "_find", anywhere)
+    def trusting(self: Reservation, hold: Any, account: Any, units: int, **how: Any) -> None:
+        try:
+            set_mark(self, hold, account, units, **how)
+        except ledger.RecordUncertain:
+            self.mark = units
 
+    _instead(stack, Reservation, "_set_mark", trusting)
+
+
+@defect("another's-outcome", "what becomes of an owed record says nothing of one's own", 300)
+def _(stack: ExitStack) -> None:
+    pay = ledger.Ledger.pay
+
+    def mistaken(self: ledger.Ledger) -> None:
+        try:
+            pay(self)
+        except ledger.NotRecorded as error:
+            if isinstance(error.__cause__, ledger.RecordUncertain):
+                raise error.__cause__ from None
+            raise
+
+    _instead(stack, ledger.Ledger, "pay", mistaken)
+
+
+@defect("recovery-hides-overruns", "what recovery charges above the hold is an overrun too", 200)
+def _(stack: ExitStack) -> None:
+    post = ledger.Ledger.post
+
+    def plain(self: ledger.Ledger, record: Any) -> Any:
+        if isinstance(record, Settle) and record.outcome == "recovered":
+            record = msgspec.structs.replace(record, overrun=0)
+        return post(self, record)
+
+    _instead(stack, ledger.Ledger, "post", plain)
+
+
+@defect("cut-beyond-the-hold", "what a cut stream is charged was held for it", 100)
+def _(stack: ExitStack) -> None:
+    extend, set_mark = Reservation.extend, Reservation._set_mark
+
+    def careless(self: Reservation) -> None:
+        kept: list[Any] = []
+        with instead(
+            Reservation,
+            "_set_mark",
+            lambda self, *args, **how: kept.append((args, how)),
+        ):
+            extend(self)  # where it refuses, nothing more is held
+        for args, how in kept:
+            set_mark(self, *args, **how)
+
+    _instead(stack, Reservation, "extend", careless)
+
+
+@defect("no-segment-to-rescue", "what could not be synced gets a segment beyond the most", 400)
+def _(stack: ExitStack) -> None:
+    begin_spare = journal.Journal.begin_spare
+
+    def strict(self: journal.Journal) -> Any:
+        if self._distrusted and self.size_bytes() + self._segment_bytes >= self._max_bytes:
+            return None
+        return begin_spare(self)
+
+    _instead(stack, journal.Journal, "begin_spare", strict)

@@ -27,7 +27,7 @@ class Weather:
 
     def clear(self) -> None:
         lie = self.lie
-        self.__init__()  # type: ignore[misc]
+        self.__init__()
         self.lie = lie  # a disk that lies does so all its life
 
     @property

@@ -44,11 +44,11 @@ class Loop(asyncio.AbstractEventLoop):
             self.now_s = max(self.now_s, self._timers[0][0])
             self._ready.append(heapq.heappop(self._timers)[2])
         handle = self._ready.popleft()
-        if not handle._cancelled:  # type: ignore[attr-defined]
+        if not handle._cancelled:
             before = asyncio._get_running_loop()
             asyncio._set_running_loop(self)
             try:
-                handle._context.run(handle._callback, *handle._args)  # type: ignore[attr-defined]
+                handle._context.run(handle._callback, *handle._args)
             except Killed:
                 raise
             except BaseException as error:
@@ -74,10 +74,10 @@ class Loop(asyncio.AbstractEventLoop):
         for _ in range(3):  # closing one may have made another
             tasks, self._tasks = self._tasks, []
             for task in tasks:
-                task._log_destroy_pending = False  # type: ignore[attr-defined]
+                task._log_destroy_pending = False
                 if not task.done():
                     with suppress(BaseException):
-                        task.get_coro().close()  # type: ignore[union-attr]
+                        task.get_coro().close()
                 elif not task.cancelled():
                     task.exception()
         self._ready.clear()

@@ -92,7 +92,7 @@ class Fold:
         row = self.rows.get((scope, name))
         if row is None:
             return None
-        return row["monthly_budget" if scope == "org" else "monthly_limit"]  # type: ignore[no-any-return]
+        return row["monthly_budget" if scope == "org" else "monthly_limit"]
 
     def feed(self, record: dict[str, Any]) -> None:
         lsn, kind = record["lsn"], record["k"]
@@ -143,7 +143,7 @@ class Fold:
 
     def _opened(self, record: dict[str, Any]) -> Open:
         reservation = self.open.get(record["r"])
-        check(reservation is not None, record["k"], "of a reservation that is not open", record["r"])
+        check(reservation is not None, record["k"], "is not about an open one:", record["r"])
         assert reservation is not None
         return reservation
 
@@ -234,8 +234,8 @@ class Oracle:
     def _look_at(self, record: dict[str, Any], degraded: bool) -> None:
         """What each decision has to be like at the moment at which it is made."""
         kind, fold = record["k"], self.fold
+        before: dict[Key, int] = {}
         if kind == "reserve":
-            before: dict[Key, int] = {}
             month, day = periods_of(record["t"])
             for account, period, *_ in record["holds"]:
                 daily = account.startswith(("provider:", "outage:"))
@@ -268,7 +268,9 @@ class Oracle:
             expected = self._limit(account)
             if expected is not None:
                 expected += sums.credited
-            check(limit == expected, f"{kind} {record['lsn']}: limit {limit} of {account},", expected)
+            check(
+                limit == expected, f"{kind} {record['lsn']}: {limit} for {account}, not", expected
+            )
             if hold > was and limit is not None:
                 check(total <= limit, f"{account} {period} overrun: {total} of {limit}")
 
@@ -285,7 +287,8 @@ class Oracle:
 
     def compare(self, lsn: int, t: int, balances: Any, holds: Any, keys: Any) -> None:
         """Memory says what follows from the records."""
-        check((lsn, t) == (self.fold.lsn, self.fold.t), "memory is at", lsn, "records", self.fold.lsn)
+        records = (self.fold.lsn, self.fold.t)
+        check((lsn, t) == records, "memory is at", (lsn, t), "the records at", records)
         ours = {key: sums.figures() for key, sums in self.fold.sums.items() if any(sums.figures())}
         theirs = {
             key: balance.figures() for key, balance in balances.items() if any(balance.figures())
@@ -296,9 +299,7 @@ class Oracle:
             == {r: hold.recovered_cost() for r, hold in holds.items()},
             "memory and records differ in what is open",
         )
-        recent = {
-            key: number for key, (number, at) in self.fold.keys.items() if at > t - KEPT_MS
-        }
+        recent = {key: number for key, (number, at) in self.fold.keys.items() if at > t - KEPT_MS}
         check(recent.items() <= keys.items(), "an idempotency key was forgotten")
 
     # -- after a crash -----------------------------------------------------------------------------
@@ -336,14 +337,14 @@ class Oracle:
                 check(sums.spent - sums.overrun <= limit, account, "cost", sums.spent, "of", limit)
         by_id = {ended.id: ended for ended in fold.ended.values()}
         check(len(by_id) == len(fold.ended), "a request stands in the ledger twice")
-        for request_id, story in self.upstream.stories.items():
-            if story.calls and request_id not in by_id:
+        for request_id, each in self.upstream.stories.items():
+            if each.calls and request_id not in by_id:
                 check(request_id in lost, request_id, "was sent upstream and is not in the ledger")
         for ended in by_id.values():
             story = self.upstream.stories.get(ended.id)
             calls = story.calls if story is not None else []
             if ended.outcome == "recovered":
-                check(ended.cost == ended.due, ended.id, "recovered at", ended.cost, "due", ended.due)
+                check(ended.cost == ended.due, "not recovered at what was due:", ended)
                 # What thinks out of sight is charged its hold, whatever could be seen of it.
                 if exact and ended.id not in lost and not ended.hidden:
                     least = sum(call.least() for call in calls)

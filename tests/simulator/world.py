@@ -8,7 +8,7 @@ import os
 import sqlite3
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -36,8 +36,10 @@ from tests.simulator import actors
 from tests.simulator.database import DatabaseFile, PlayedBackups, PlayedDatabase, empty
 from tests.simulator.defects import planted
 from tests.simulator.disk import Disk, DiskFiles
-from tests.simulator.loop import Killed, Loop
+from tests.simulator.life import Life
+from tests.simulator.loop import Killed
 from tests.simulator.oracle import Oracle, Wrong, check
+from tests.simulator.seams import instead
 from tests.simulator.upstream import TARIFFS, Upstream
 
 JOURNAL: Final = Path("/journal")
@@ -48,6 +50,10 @@ STALE_S: Final = 8.0
 """A sync begins within a second, is given five, and is looked at four times a second."""
 
 BELIEVED_S: Final = 301.0
+"""A clock that is ahead by five minutes may just be set right."""
+
+SMALL_ROOM_BYTES: Final = 1024
+"""In the place of 8 KiB, where segments are short."""
 
 NEW_DATABASE: Final = lru_cache(maxsize=1)(empty)
 
@@ -128,34 +134,6 @@ class _Secrets:
 
     def token_hex(self, count: int) -> str:
         return self._random.randbytes(count).hex()
-
-
-class Life:
-    """One process, from its start to its end."""
-
-    def __init__(self, world: "World") -> None:
-        self.world = world
-        self.random = world.random
-        self.loop = Loop(world.random, world.now_s)
-        self.files = DiskFiles(
-            world.disk, world.boot_id, world.point, self.loop.breathe, world.tempt
-        )
-        self.database: PlayedDatabase | None = None
-        self.journal: Journal | None = None
-        self.ledger: Ledger | None = None
-        self.store: Store | None = None
-        self.books: Books
-        self.accounts: Accounts
-        self.swapped = False
-
-    def end(self) -> None:
-        self.files.alive = False
-        if self.database is not None:
-            self.database.alive = False
-
-    @property
-    def lost(self) -> bool:
-        return self.store is not None and self.store.lost
 
 
 class World:
@@ -246,7 +224,7 @@ class World:
 
     def run(self) -> None:
         """Wrong, or whatever the gateway raised where nothing should be."""
-        with planted(self.defect), _patched(self):
+        with planted(self.defect), _listening(self):
             crashes = self.plan.crashes
             while True:
                 if crashes:
@@ -314,10 +292,9 @@ class World:
             raise life.loop.failures[0]
         if not life.files.alive:
             raise Killed
-        if life.journal is not None:
-            if life.journal.synced > self.floor:
-                self.floor = life.journal.synced
-                self.synced_at = life.loop.now_s - self.jumped_s
+        if life.journal is not None and life.journal.synced > self.floor:
+            self.floor = life.journal.synced
+            self.synced_at = life.loop.now_s - self.jumped_s
         if life.ledger is not None and self.oracle.fold.lsn != self.compared:
             state = life.ledger.state
             self._compare(state)
@@ -340,7 +317,7 @@ class World:
         try:
             store = await Store._open(
                 kept,
-                life.database,  # type: ignore[arg-type]
+                life.database,
                 os.open(os.devnull, os.O_RDONLY),
                 log,
                 life.files,
@@ -459,7 +436,8 @@ class World:
             for key, sums in fold.sums.items()
             if sums.spent or sums.credited or sums.count
         }
-        check(tables == ours, "the database's balances differ:", set(ours.items()) ^ set(tables.items()))
+        differ = sorted(set(ours.items()) ^ set(tables.items()))
+        check(not differ, "the database's balances differ:", differ)
         holds = connection.execute("SELECT count(*) FROM hold").fetchone()[0]
         check(holds == 0, "the database holds", holds)
         requests = dict(
@@ -474,37 +452,51 @@ class World:
 
     # -- hooks -------------------------------------------------------------------------------------
 
-    def heard(self, life: Life, payload: bytes) -> None:
-        """What has to be true at the moment at which a record is written."""
-        loop, journal = life.loop, life.journal
-        if journal is None:
-            return
-        written, now_s = self.written_at, loop.now_s - self.jumped_s
+    def heard(self, payload: bytes, *, certain: bool) -> None:
+        """The journal has taken a record: was this the moment for it, and does it say the truth?"""
+        life = self.life
+        assert life is not None
+        self.trace.append(f"  {'' if certain else '? '}{payload.decode()[:240]}")
+        try:
+            if life.ledger is not None:
+                self._look_at_moment(life.loop.now_s - self.jumped_s, payload, life.ledger)
+            self.oracle.wrote(payload, certain=certain, degraded=life.lost)
+        except Wrong as wrong:
+            self.wrong = self.wrong or wrong
+            raise
+
+    def _look_at_moment(self, now_s: float, payload: bytes, ledger: Ledger) -> None:
+        journal, written = ledger.journal, self.written_at
         while written and written[0][0] <= journal.synced:
             written.popleft()
         if payload.startswith(b'{"k":"reserve"'):
-            check(life.ledger is not None and not life.ledger.owes, "let in before what is owed")
+            check(not ledger.owes, "let in before what is owed")
             since = max(written[0][1], self.synced_at) if written else now_s
             check(now_s - since < STALE_S, f"let in after {now_s - since:.1f} s without a sync")
-        lsn = journal.next_lsn - 1
-        written.append((lsn, now_s))
+        written.append((journal.next_lsn - 1, now_s))
         leads_s = json.loads(payload)["t"] / 1000 - self.true_s()
         check(leads_s < BELIEVED_S, f"ledger time is {leads_s:.0f} s ahead of the world's")
 
-    @property
-    def troubled(self) -> bool:
-        """The room that is kept need not do."""
-        return self.plan.disk_faults or self.plan.small
+    def not_written(self, payload: bytes, error: NotWritten) -> None:
+        """Settlements have room kept for them, unless the disk itself fails."""
+        spared = self.plan.disk_faults or self.plan.small
+        if payload.startswith(b'{"k":"settle"') and not spared:
+            self.wrong = self.wrong or Wrong(f"no room for a settlement: {error}")
 
     def stands(self, ledger: Ledger) -> None:
         """The start has put the state together: is anything missing that had to last?"""
+        try:
+            self._stands(ledger)
+        except Wrong as wrong:
+            self.wrong = self.wrong or wrong
+            raise
+
+    def _stands(self, ledger: Ledger) -> None:
         life = self.life
         assert life is not None
         oracle, state = self.oracle, ledger.state
         before = list(oracle.history)
-        oracle.survived(
-            state.lsn, power_cut=self.cut, synced=self.floor, liar=self.plan.liar
-        )
+        oracle.survived(state.lsn, power_cut=self.cut, synced=self.floor, liar=self.plan.liar)
         for payload in before[state.lsn :]:
             self.lost |= actors.request_of(payload, before)
         self._read_again(ledger.journal)
@@ -563,61 +555,37 @@ OVERRIDES: Final[dict[str, dict[str, object]]] = {
 
 
 @contextmanager
-def _patched(world: World) -> Iterator[None]:
+def _listening(world: World) -> Iterator[None]:
     """The seams that the gateway has no argument for, and the oracle's ears."""
     write, recover = Journal.write, Ledger.recover
-    room = real_ledger.SETTLEMENT_ROOM_BYTES, real_journal.LEAST_ROOM_BYTES
-    kept = {name: getattr(real_store, name) for name in ("time", "secrets", "Backups", "BACKUP_LOOK_S")}
 
     def listening(journal: Journal, payload: bytes) -> None:
-        oracle, life = world.oracle, world.life
-        oracle.tried.setdefault(journal.next_lsn, []).append(payload)
+        world.oracle.tried.setdefault(journal.next_lsn, []).append(payload)
         try:
             write(journal, payload)
         except NotWritten as error:
-            if payload.startswith(b'{"k":"settle"') and not world.troubled:
-                world.wrong = world.wrong or Wrong(f"no room for a settlement: {error}")
+            world.not_written(payload, error)
             raise
         except OutcomeUnknown:
-            _heard(payload, certain=False)
+            world.heard(payload, certain=False)
             raise
-        assert life is not None
-        _heard(payload, certain=True)
-
-    def _heard(payload: bytes, *, certain: bool) -> None:
-        life = world.life
-        assert life is not None
-        world.trace.append(f"  {'' if certain else '? '}{payload.decode()[:240]}")
-        try:
-            world.heard(life, payload)
-            world.oracle.wrote(payload, certain=certain, degraded=life.lost)
-        except Wrong as wrong:
-            world.wrong = world.wrong or wrong
-            raise
+        world.heard(payload, certain=True)
 
     def standing(ledger: Ledger) -> int:
-        try:
-            world.stands(ledger)
-        except Wrong as wrong:
-            world.wrong = world.wrong or wrong
-            raise
+        world.stands(ledger)
         return recover(ledger)
 
-    Journal.write = listening  # type: ignore[method-assign]
-    Ledger.recover = standing  # type: ignore[method-assign]
-    real_store.time = _Time(world)  # type: ignore[attr-defined]
-    real_store.secrets = _Secrets(world.random)  # type: ignore[attr-defined]
-    real_store.BACKUP_LOOK_S = 3.0  # type: ignore[misc]
-    if world.plan.small:
-        real_ledger.SETTLEMENT_ROOM_BYTES = 1024  # type: ignore[misc]
-        real_journal.LEAST_ROOM_BYTES = 1024  # type: ignore[misc]
-    real_store.Backups = (  # type: ignore[misc, assignment]
-        lambda folder, **how: PlayedBackups(world.file)
-    )
-    try:
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (Journal, "write", listening),
+            (Ledger, "recover", standing),
+            (real_store, "time", _Time(world)),
+            (real_store, "secrets", _Secrets(world.random)),
+            (real_store, "Backups", lambda folder, **how: PlayedBackups(world.file)),
+            (real_store, "BACKUP_LOOK_S", 3.0),
+        ):
+            stack.enter_context(instead(owner, name, value))
+        if world.plan.small:
+            stack.enter_context(instead(real_ledger, "SETTLEMENT_ROOM_BYTES", SMALL_ROOM_BYTES))
+            stack.enter_context(instead(real_journal, "LEAST_ROOM_BYTES", SMALL_ROOM_BYTES))
         yield
-    finally:
-        Journal.write, Ledger.recover = write, recover  # type: ignore[method-assign]
-        for name, value in kept.items():
-            setattr(real_store, name, value)
-        real_ledger.SETTLEMENT_ROOM_BYTES, real_journal.LEAST_ROOM_BYTES = room
