@@ -18,7 +18,12 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import Enum
@@ -251,23 +256,34 @@ class Strike:
         is the same as without it."""
         return [*self.tracer(place), "-qq", "-D"]
 
-    @asynccontextmanager
-    async def from_now_on(self, place: Place, life: Life) -> AsyncIterator[None]:
-        tracer = await asyncio.create_subprocess_exec(
-            *(*self.tracer(place), "-p", str(life.process.pid)),
-            stderr=asyncio.subprocess.PIPE,
-            preexec_fn=_dies_with_its_parent,
-        )
-        try:
-            assert tracer.stderr is not None
-            async with asyncio.timeout(PATIENCE_S):
-                said = await tracer.stderr.readline()
-            assert b"attached" in said, said
-            yield
-        finally:
-            with suppress(ProcessLookupError):
-                tracer.kill()
-            await tracer.wait()
+    def from_now_on(self, place: Place, life: Life) -> AbstractAsyncContextManager[None]:
+        return _attached(life, self.tracer(place))
+
+
+def syncs_take(seconds: float, life: Life) -> AbstractAsyncContextManager[None]:
+    """Within, the disk is slow to sync: what is recorded is neither known to be on the disk nor in
+    the database, which waits for that."""
+    delay = f"inject=fdatasync:delay_enter={int(seconds * 1e6)}"
+    return _attached(life, ["strace", "-f", "-o", "/dev/null", "-e", "fdatasync", "-e", delay])
+
+
+@asynccontextmanager
+async def _attached(life: Life, tracer: Sequence[str]) -> AsyncIterator[None]:
+    process = await asyncio.create_subprocess_exec(
+        *(*tracer, "-p", str(life.process.pid)),
+        stderr=asyncio.subprocess.PIPE,
+        preexec_fn=_dies_with_its_parent,
+    )
+    try:
+        assert process.stderr is not None
+        async with asyncio.timeout(PATIENCE_S):
+            said = await process.stderr.readline()
+        assert b"attached" in said, said
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
 
 
 # -- clients ---------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import pytest_asyncio
 
 from gwproxy.demo import DemoUpstream
 from gwproxy.log import Log
-from gwproxy.state.store import Kept, Store
+from gwproxy.state.store import Kept, opened
 from tests.harness import UPSTREAM_TOKEN, make_key
 from tests.kills import (
     OUTPUT_NANOS,
@@ -43,6 +43,7 @@ from tests.kills import (
     nanos,
     never_accepting,
     record_of,
+    syncs_take,
     why_no_tracing,
 )
 from tests.scene import until
@@ -107,12 +108,18 @@ STEPS = (
     Step("half_answered", "mock/prose+stall-after-1", False),
     Step("head_only", "mock/prose+stall-after-0", True),
     Step("first_token", "mock/prose+stall-after-1", True, Charge.MARK, 1),
-    Step("middle", "mock/prose+len-60+stall-after-20", True, Charge.MARK, 20),
+    Step("middle", "mock/prose+len-60+stall-after-20", True, Charge.MARK, 20, 8000),
     Step("past_marks", "mock/prose+len-900+stall-after-700", True, Charge.MARK, 700, 8000),
     Step("past_the_hold", "mock/prose+len-2000+stall-after-1500", True, Charge.RAISED, 1500),
-    Step("usage_told", "mock/prose+len-30+stall-after-99", True, Charge.MARK, 30),
+    Step("usage_told", "mock/prose+len-30+stall-after-99", True, Charge.MARK, 30, 8000),
     Step("out_of_sight", "deepseek/deepseek-chat+stall-after-5", True, Charge.HOLD, 4),
     Step("second_attempt", "second", True, Charge.MARK, 5),
+)
+
+
+LATE = tuple(
+    Step(f"late_{n}", f"mock/prose+len-60+stall-after-4{n}", True, Charge.MARK, 40 + n, 8000)
+    for n in range(3)
 )
 
 
@@ -133,13 +140,15 @@ async def park(client: Client, step: Step, demo: DemoUpstream) -> None:
 
 
 @asynccontextmanager
-async def all_parked(client: Client, demo: DemoUpstream) -> AsyncIterator[None]:
+async def all_parked(
+    client: Client, demo: DemoUpstream, steps: Sequence[Step]
+) -> AsyncIterator[None]:
     """Within, one request stands at each step; inside it the gateway has to be killed."""
     async with asyncio.TaskGroup() as group:
-        for step in STEPS:
+        for step in steps:
             group.create_task(client.ask(step.user, step.model, step.stream, most=step.most))
         async with asyncio.TaskGroup() as parking:
-            for step in STEPS:
+            for step in steps:
                 parking.create_task(park(client, step, demo))
         yield
 
@@ -152,7 +161,7 @@ async def test_killed_at_any_step_each_request_is_charged_once_for_what_was_sent
     older = tmp_path / "older.db"
     shutil.copy(place.database, older)
     async with place.life() as life, clients(place, life) as client:
-        async with all_parked(client, demo):
+        async with all_parked(client, demo, STEPS):
             whole = [
                 await client.ask("settled", "mock/prose", True),
                 await client.ask("settled", "mock/prose", False),
@@ -176,19 +185,21 @@ async def test_killed_at_any_step_each_request_is_charged_once_for_what_was_sent
     outcomes = []
     for each in (place, rebuilt):
         with explained(each):
-            outcomes.append(await settled_after(each, client.got))
+            outcomes.append(await settled_after(each, client.got, STEPS))
             counts = assert_books(each, record, client.got)
             assert counts["recovered"] in (len(STEPS), len(STEPS) + 1)
             assert counts["recovered"] + counts["completed"] == len(STEPS) + len(whole)
     assert outcomes[0] == outcomes[1]
 
 
-async def settled_after(place: Place, before: Sequence[Got]) -> dict[str, str]:
-    """What each user of STEPS is told after a restart, which ends in order: his cost."""
+async def settled_after(
+    place: Place, before: Sequence[Got], steps: Sequence[Step]
+) -> dict[str, str]:
+    """What each user is told after a restart, which ends in order: his cost."""
     costs = {}
     async with place.life() as life, clients(place, life) as client:
         await assert_settled(client, before)
-        for step in STEPS:
+        for step in steps:
             usage = await client.usage(step.user)
             (line,) = usage["requests"]
             assert line["outcome"] == "recovered", step
@@ -215,10 +226,8 @@ async def test_a_receipt_is_there_before_the_database_has_caught_up(
         life.kill()
         await life.ended()
     kept = Kept(older.database, place.journal)
-    async with asyncio.TaskGroup() as group:
-        store = await Store.open(kept, group, Log(io.StringIO()))
+    async with opened(kept, Log(io.StringIO())) as store:
         receipt = store.ledger.recent.find(got.request_id)  # before any task has had a turn
-        await store.close()
     assert receipt is not None
     assert receipt.outcome == "completed"
 
@@ -396,13 +405,22 @@ async def test_killed_before_any_later_write_the_books_are_right(
 # -- while it recovers -----------------------------------------------------------------------------
 
 
-async def left_open(place: Place, demo: DemoUpstream) -> list[Got]:
-    """Kill it in the middle of one request for each step."""
+UNSETTLED = (*STEPS, *LATE)
+
+
+async def left_open(folder: Path, demo: DemoUpstream, closed: int) -> tuple[Place, list[Got]]:
+    """A gateway that was killed in the middle of many requests. Of the late ones neither disk nor
+    database were told yet: they stand at the end of the journal alone."""
+    place = await found(folder, demo, closed, {step.user: "1" for step in UNSETTLED})
     async with place.life() as life, clients(place, life) as client:
-        async with all_parked(client, demo):
+        async with (
+            all_parked(client, demo, STEPS),
+            syncs_take(3.0, life),  # with 5 s the journal would count as lost
+            all_parked(client, demo, LATE),
+        ):
             life.kill()
         await life.ended()
-    return client.got
+    return place, client.got
 
 
 async def strike_its_recovery(place: Place, strikes: Iterable[Strike]) -> int:
@@ -421,17 +439,16 @@ async def strike_its_recovery(place: Place, strikes: Iterable[Strike]) -> int:
 
 async def assert_all_recovered(place: Place, demo: DemoUpstream, got: Sequence[Got]) -> None:
     with explained(place):
-        await settled_after(place, got)
+        await settled_after(place, got, UNSETTLED)
         counts = assert_books(place, demo.record, got)
-    assert counts == {"recovered": len(STEPS)}
+    assert counts == {"recovered": len(UNSETTLED)}
 
 
 @traced
 async def test_killed_while_it_recovers_it_recovers_the_next_time(
     tmp_path: Path, demo: DemoUpstream, closed: int
 ) -> None:
-    place = await found(tmp_path / "killed", demo, closed, {step.user: "1" for step in STEPS})
-    got = await left_open(place, demo)
+    place, got = await left_open(tmp_path / "killed", demo, closed)
     # The last one lets some be settled, and some not.
     where = ((2, Where.JOURNAL), (1, Where.LOG), (4, Where.JOURNAL))
     strikes = [Strike("pwrite64", when, files) for when, files in where]
@@ -458,8 +475,7 @@ async def test_killed_while_it_recovers_it_recovers_the_next_time(
 async def test_killed_before_any_call_of_its_recovery_it_recovers_the_next_time(
     tmp_path: Path, demo: DemoUpstream, closed: int, call: str, where: Where | None, times: int
 ) -> None:
-    place = await found(tmp_path / "killed", demo, closed, {step.user: "1" for step in STEPS})
-    got = await left_open(place, demo)
+    place, got = await left_open(tmp_path / "killed", demo, closed)
     strikes = [Strike(call, when, where) for when in range(1, times + 1)]
     assert await strike_its_recovery(place, strikes) > 0
     await assert_all_recovered(place, demo, got)

@@ -41,6 +41,7 @@ CATCH_UP_S: Final = 10.0
 next start."""
 
 BACKUP_LOOK_S: Final = 60.0
+PAY_EVERY_S: Final = 1.0
 
 _PAGE: Final = 1000
 
@@ -227,6 +228,7 @@ class Store:
             group.create_task(self._upkeep.run()),
             group.create_task(self.writer.run(self._stopping)),
             group.create_task(self._keep_backups()),
+            group.create_task(self._keep_paying()),
         ]
 
     # -- while it runs -----------------------------------------------------------------------
@@ -260,6 +262,14 @@ class Store:
             self._log.event("info", "backed up", lsn=mark.lsn)
             await self._upkeep.drop(self._backups.covered(self.writer.applied))
 
+    async def _keep_paying(self) -> None:
+        """Record what is owed as soon as the journal takes it, also while nobody asks for more."""
+        while True:
+            await asyncio.sleep(PAY_EVERY_S)
+            if self.ledger.owes:
+                with contextlib.suppress(StorageUnavailable):
+                    self.ledger.pay()
+
     def _database_changed(self, state: Storage, cause: str) -> None:
         lost = state is Storage.LOST
         level, event = ("error", "database lost") if lost else ("info", "database recovered")
@@ -272,8 +282,9 @@ class Store:
         if self._closed:
             return
         self._closed = True
-        upkeep, writing, backing_up = self._tasks
-        backing_up.cancel()
+        upkeep, writing, *others = self._tasks
+        for task in others:
+            task.cancel()
         with contextlib.suppress(StorageUnavailable, OSError):
             self.ledger.pay()
             self.ledger.post(Stop(**self.ledger.stamp()))
@@ -286,7 +297,7 @@ class Store:
         except TimeoutError:
             writing.cancel()
         upkeep.cancel()
-        await asyncio.wait((writing, upkeep, backing_up))
+        await asyncio.wait(self._tasks)
         self._upkeep.close()
         self.journal.close()
         await self.database.close()

@@ -4,7 +4,7 @@ Every defect is a patch of the real modules for one run, or a switch of an actor
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -39,15 +39,17 @@ class Defect:
     """What is left out, in words."""
     within: int
     """So many seeds are enough to see it."""
+    plan: Mapping[str, Any]
+    """What the runs are like that can see it at all."""
     plant: Patch
 
 
 DEFECTS: Final[dict[str, Defect]] = {}
 
 
-def defect(name: str, rule: str, within: int = 60) -> Callable[[Patch], Patch]:
+def defect(name: str, rule: str, within: int = 60, **plan: Any) -> Callable[[Patch], Patch]:
     def add(plant: Patch) -> Patch:
-        DEFECTS[name] = Defect(rule, within, plant)
+        DEFECTS[name] = Defect(rule, within, plan, plant)
         return plant
 
     return add
@@ -112,7 +114,15 @@ def _(stack: ExitStack) -> None:
     )
 
 
-@defect("room-not-kept", "settlements have room kept for them in the journal", 400)
+@defect(
+    "room-not-kept",
+    "settlements have room kept for them in the journal",
+    within=400,
+    slow=True,
+    disk_faults=False,
+    small=False,
+    crashes=0,
+)
 def _(stack: ExitStack) -> None:
     def admit(self: ledger.Ledger) -> None:
         if self._owed:
@@ -132,12 +142,14 @@ def _(stack: ExitStack) -> None:
     _instead(stack, ledger.Ledger, "admit", admit)
 
 
-@defect("stall-not-noticed", "a sync that takes too long makes the journal lost")
+@defect(
+    "stall-not-noticed", "a sync that takes too long makes the journal lost", within=200, slow=True
+)
 def _(stack: ExitStack) -> None:
     _instead(stack, upkeep, "STALLED_AFTER_S", 1e9)
 
 
-@defect("leap-believed", "a wall clock that leaps is not believed at once")
+@defect("leap-believed", "a wall clock that leaps is not believed at once", within=60, clocks=True)
 def _(stack: ExitStack) -> None:
     _instead(stack, ledger, "JUMP_MS", 1 << 60)
 
@@ -284,7 +296,14 @@ def _(stack: ExitStack) -> None:
 # -- the journal ---------------------------------------------------------------------------------
 
 
-@defect("fdatasync-tried-again", "a sync that failed is not tried again on that descriptor", 200)
+@defect(
+    "fdatasync-tried-again",
+    "a sync that failed is not tried again on that descriptor",
+    within=100,
+    disk_faults=True,
+    power_cuts=True,
+    crashes=5,
+)
 def _(stack: ExitStack) -> None:
     end_sync = journal.Journal.end_sync
 
@@ -352,17 +371,38 @@ class _Buffered:
         return getattr(self._files, name)
 
 
-@defect("segment-dropped-early", "a segment stays until the database and a backup cover it", 100)
+@defect(
+    "segment-dropped-early",
+    "a segment stays until the database and a backup cover it",
+    within=100,
+    database_faults=True,
+)
 def _(stack: ExitStack) -> None:
     _instead(stack, played.PlayedBackups, "covered", lambda self, applied: 1 << 60)
 
 
-@defect("segment-dropped-without-backup", "a segment stays until a backup covers it", 300)
+@defect("backup-not-kept", "a segment stays until a backup covers it", 300, database_faults=True)
 def _(stack: ExitStack) -> None:
+    make = played.PlayedBackups.make
+
+    async def once(self: played.PlayedBackups, database: Any) -> tables.Mark:
+        if not self._file.backups:
+            return await make(self, database)
+        return played.mark_in(self._file.image)
+
+    _instead(stack, played.PlayedBackups, "make", once)
     _instead(stack, played.PlayedBackups, "covered", lambda self, applied: applied)
 
 
-@defect("dropped-newest-first", "segments go the oldest first, each for good", 600)
+@defect(
+    "dropped-newest-first",
+    "segments go the oldest first, each for good",
+    within=200,
+    power_cuts=True,
+    crashes=5,
+    small=True,
+    segment_bytes=6 << 10,
+)
 def _(stack: ExitStack) -> None:
     def run(self: journal.Drop) -> None:
         for segment in reversed(self.segments):
@@ -382,7 +422,13 @@ def _(stack: ExitStack) -> None:
     _instead(stack, journal.Spare, "run", run)
 
 
-@defect("inherited-not-synced", "what was inherited is synced before it counts as synced", 600)
+@defect(
+    "inherited-not-synced",
+    "what was inherited is synced before it counts as synced",
+    within=200,
+    power_cuts=True,
+    crashes=5,
+)
 def _(stack: ExitStack) -> None:
     inherit = journal.inherit
 
@@ -416,19 +462,38 @@ def _(stack: ExitStack) -> None:
     _instead(stack, scan, "_unfinished", lambda data, chain: False)
 
 
-@defect("damage-cut-off", "damage before the last synced record stops the start", 600)
+@defect(
+    "damage-cut-off",
+    "damage before the last synced record stops the start",
+    within=200,
+    rot=True,
+    crashes=5,
+)
 def _(stack: ExitStack) -> None:
     _instead(stack, scan, "_unfinished", lambda data, chain: True)
     stack.callback(delattr, scan, "max")
     scan.max = lambda *values: 0 if len(values) == 1 else max(*values)
 
 
-@defect("boot-id-ignored", "after a power cut what was not synced may be gone", 100)
+@defect(
+    "boot-id-ignored",
+    "after a power cut what was not synced may be gone",
+    within=60,
+    power_cuts=True,
+    crashes=5,
+)
 def _(stack: ExitStack) -> None:
     _instead(stack, store, "boot_id", lambda files: "boot")
 
 
-@defect("number-used-again", "a number that the database has seen is not used again", 2000)
+@defect(
+    "number-used-again",
+    "a number that the database has seen is not used again",
+    within=400,
+    liar=True,
+    power_cuts=True,
+    crashes=5,
+)
 def _(stack: ExitStack) -> None:
     start = vars(journal.Journal)["start"].__func__
 
@@ -438,7 +503,14 @@ def _(stack: ExitStack) -> None:
     _instead(stack, journal.Journal, "start", classmethod(forgetful))
 
 
-@defect("full-not-awaited", "in `full` nothing is sent before its record is on the disk", 200)
+@defect(
+    "full-not-awaited",
+    "in `full` nothing is sent before its record is on the disk",
+    within=100,
+    full=True,
+    power_cuts=True,
+    crashes=5,
+)
 def _(stack: ExitStack) -> None:
     async def at_once(self: upkeep.Upkeep, lsn: int) -> None:
         return
@@ -501,7 +573,12 @@ def _(stack: ExitStack) -> None:
         _instead(stack, module, "assert_in_transaction", lambda connection: None)
 
 
-@defect("file-not-looked-at", "a file that was swapped is noticed before the next commit", 300)
+@defect(
+    "file-not-looked-at",
+    "a file that was swapped is noticed before the next commit",
+    within=100,
+    database_faults=True,
+)
 def _(stack: ExitStack) -> None:
     _instead(stack, played.PlayedDatabase, "fault", lambda self: None)
 
@@ -509,7 +586,13 @@ def _(stack: ExitStack) -> None:
 # -- what was really wrong once --------------------------------------------------------------------
 
 
-@defect("uncertain-watermark", "a watermark of unknown outcome allows for nothing", 300)
+@defect(
+    "uncertain-watermark",
+    "a watermark of unknown outcome allows for nothing",
+    within=300,
+    disk_faults=True,
+    crashes=5,
+)
 def _(stack: ExitStack) -> None:
     set_mark = Reservation._set_mark
 
@@ -522,7 +605,13 @@ def _(stack: ExitStack) -> None:
     _instead(stack, Reservation, "_set_mark", trusting)
 
 
-@defect("another's-outcome", "what becomes of an owed record says nothing of one's own", 300)
+@defect(
+    "another's-outcome",
+    "what becomes of an owed record says nothing of one's own",
+    within=400,
+    disk_faults=True,
+    clocks=False,
+)
 def _(stack: ExitStack) -> None:
     pay = ledger.Ledger.pay
 
@@ -567,7 +656,14 @@ def _(stack: ExitStack) -> None:
     _instead(stack, Reservation, "extend", careless)
 
 
-@defect("no-segment-to-rescue", "what could not be synced gets a segment beyond the most", 400)
+@defect(
+    "no-segment-to-rescue",
+    "what could not be synced gets a segment beyond the most",
+    within=300,
+    disk_faults=True,
+    database_faults=True,
+    most_segments=4,
+)
 def _(stack: ExitStack) -> None:
     begin_spare = journal.Journal.begin_spare
 

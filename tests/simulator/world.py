@@ -9,7 +9,7 @@ import sqlite3
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -34,7 +34,7 @@ from gwproxy.storage.segments import CHUNK_BYTES, Gap, JournalRefused
 from gwproxy.storage.verify import findings
 from tests.simulator import actors
 from tests.simulator.database import DatabaseFile, PlayedBackups, PlayedDatabase, empty
-from tests.simulator.defects import planted
+from tests.simulator.defects import DEFECTS, planted
 from tests.simulator.disk import Disk, DiskFiles
 from tests.simulator.life import Life
 from tests.simulator.loop import Killed
@@ -142,6 +142,8 @@ class World:
         self.defect = defect
         self.random = Random(seed)
         self.plan = Plan.draw(self.random)
+        if defect is not None:
+            self.plan = replace(self.plan, **DEFECTS[defect].plan)
         self.trace: deque[str] = deque(maxlen=60)
         """What happened last, for whoever has to find out why."""
         self.upstream = Upstream()
@@ -457,6 +459,8 @@ class World:
         life = self.life
         assert life is not None
         self.trace.append(f"  {'' if certain else '? '}{payload.decode()[:240]}")
+        if not certain:
+            self.tempt(0.3)
         try:
             if life.ledger is not None:
                 self._look_at_moment(life.loop.now_s - self.jumped_s, payload, life.ledger)
