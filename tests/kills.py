@@ -227,11 +227,17 @@ class Where(Enum):
 
 @functools.cache
 def why_no_tracing() -> str:
-    """Why strace cannot be used on this machine; empty if it can."""
+    """Why a running process cannot be traced on this machine; empty if it can."""
     if shutil.which("strace") is None:
         return "there is no strace on this machine"
-    ran = subprocess.run(["strace", "-o", "/dev/null", "true"], capture_output=True, text=True)
-    return "" if ran.returncode == 0 else f"strace cannot trace here: {ran.stderr.strip()}"
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        command = ["strace", "-o", "/dev/null", "-p", str(sleeper.pid)]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
+            assert tracer.stderr is not None
+            said = tracer.stderr.readline()
+            tracer.kill()
+        sleeper.kill()
+    return "" if "attached" in said else f"strace cannot trace here: {said.strip()}"
 
 
 @dataclass(frozen=True)
@@ -456,6 +462,19 @@ def written(segment: Path) -> list[str]:
     """The lines of a segment, whether they are whole or not."""
     text = segment.read_bytes().rstrip(b"\0").decode(errors="replace")
     return [f"{segment.name}: {line}" for line in text.splitlines()]
+
+
+def reserved(place: Place) -> dict[str, str]:
+    """Which request of each user stands last in the journal: its id, also where no client was told
+    it."""
+    found = {}
+    for path in sorted(place.journal.glob("*.journal")):
+        for line in written(path):
+            if '{"k":"reserve",' in line:
+                record = json.loads(line[line.index("{") :])
+                user = record["holds"][1][0].removeprefix("user:")
+                found[user] = record["id"]
+    return found
 
 
 async def assert_settled(client: Client, before: Sequence[Got]) -> None:

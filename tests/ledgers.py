@@ -95,7 +95,7 @@ class Live:
         accounts = [Account(line.account, line.period, line.limit) for line in hold.holds]
         self.post(Mark, r=r, tokens=amount, cost=amount, holds=held(self.state, accounts, amount))
 
-    def retry(self, r: int, provider: str, amount: int) -> None:
+    def retry(self, r: int, provider: str, amount: int, **fields: Any) -> None:
         """The next attempt, with another provider."""
         hold = self.state.holds[r]
         accounts = [Account(line.account, line.period, line.limit) for line in hold.holds[:-1]]
@@ -109,6 +109,7 @@ class Live:
             cost=7,
             why="provider_error",
             holds=held(self.state, accounts, amount),
+            **fields,
         )
 
     def settle(self, r: int, cost: int, outcome: str = "completed", **fields: Any) -> None:
@@ -162,13 +163,19 @@ def play(live: Live, moves: Iterable[tuple[str, int, int]]) -> None:
             case "wait long":
                 live.t += (1 + b % 40) * DAY
             case "reserve":
-                live.reserve(user, amount, ("openai", "gemini")[b % 2], degraded=a % 5 == 0)
+                live.reserve(
+                    user,
+                    amount,
+                    ("openai", "gemini")[b % 2],
+                    degraded=a % 5 == 0,
+                    hidden=b % 5 == 0,
+                )
             case "extend" if r:
                 live.extend(r, live.state.holds[r].amount + amount)
             case "mark" if r:
                 live.post(Mark, r=r, tokens=b, cost=min(amount, live.state.holds[r].amount))
             case "retry" if r:
-                live.retry(r, ("openai", "gemini")[b % 2], amount)
+                live.retry(r, ("openai", "gemini")[b % 2], amount, hidden=b % 3 == 0)
             case "settle" if r:
                 live.settle(r, amount)
             case "void" if r:

@@ -1,6 +1,7 @@
 """The journal: its format, what is refused, what a crash leaves, and what is read back of it."""
 
 import errno
+import itertools
 import json
 import os
 import queue
@@ -392,6 +393,17 @@ def test_nobody_else_may_read_any_of_it(tmp_path, mask):
         os.umask(before)
 
 
+def test_a_file_is_never_used_twice_and_not_handed_on_to_other_programs(tmp_path):
+    fd = OS_FILES.create(tmp_path / "a")
+    again = OS_FILES.open(tmp_path / "a")
+    assert not os.get_inheritable(fd)
+    assert not os.get_inheritable(again)
+    with pytest.raises(FileExistsError):
+        OS_FILES.create(tmp_path / "a")
+    os.close(fd)
+    os.close(again)
+
+
 def test_segments_are_on_the_disk_before_they_are_used(files, owner):
     # Header and names too: the calls of the start, from the first new file on.
     assert files.names()[files.names().index("create") :] == [
@@ -655,6 +667,22 @@ def test_after_a_failed_sync_everything_unsynced_is_written_anew_and_that_is_syn
     assert everything(owner.journal) == written
 
 
+def test_a_reader_goes_on_where_the_segment_that_it_stood_in_was_given_up(files, owner):
+    written = [owner.write("a")]
+    owner.sync()
+    written += [owner.write("b"), owner.write("c")]
+    places = [owner.journal.find(lsn) for lsn in range(4)]
+    assert {place.segment for place in places} == {1}
+    files.faults["fdatasync"] = refuse(EIO)
+    owner.sync()
+    written.append(owner.write("d"))
+    for lsn, place in enumerate(places):
+        payloads, cursor = owner.journal.read(place, 1, 9999)
+        assert payloads == [written[lsn]]
+        assert cursor.lsn == lsn + 1
+    assert owner.journal.find(2).segment == 2
+
+
 def test_a_failed_sync_without_a_spare_loses_the_journal_until_there_is_one(files, owner):
     written = []
     files.faults = {"fdatasync": refuse(EIO), "create": refuse(ENOSPC)}
@@ -779,6 +807,16 @@ def test_a_read_stops_at_the_number_of_records_and_at_the_bytes_but_gives_one_at
     payloads, cursor = owner.journal.read(owner.journal.find(2), 9, 1)
     assert (payloads, cursor.lsn) == (written[2:3], 3)
     assert owner.journal.read(start, 9, 10_000)[0] == written
+
+
+def test_a_cursor_of_another_journal_is_not_followed_into_the_next_segment(owner):
+    refill(owner)
+    second = owner.journal.trail().segments[1]
+    place = owner.journal.find(second.first_lsn - 2)
+    _, end = owner.journal.read(place, 1, 9999)
+    assert end.segment == 1
+    with pytest.raises(Corrupt, match="it continues another journal"):
+        owner.journal.read(replace(end, chain=end.chain ^ 1), 1, 9999)
 
 
 def test_damage_under_a_running_journal_is_told_with_its_place(disk, owner):
@@ -906,9 +944,9 @@ def test_a_start_continues_a_segment_whose_header_is_on_the_disk(files, disk, ow
     first = owner.write("x" * 3000)
     owner.sync()
     second = owner.write("y" * 3000)
-    files.faults["fdatasync"] = refuse(EIO)
-    ran(owner.journal.begin_sync())  # now the header of the second segment never gets there
-    files.faults.clear()
+    files.at[len(files.calls) + 2] = lambda name: refuse(EIO)
+    assert ran(owner.journal.begin_sync())  # the header of the second segment never gets there
+    assert files.names()[-2:] == ["fdatasync", "fdatasync"]
     for _ in range(2):
         disk.kill()
         owner.start()
@@ -1280,12 +1318,38 @@ def test_damage_before_a_record_that_was_synced_stops_the_start_after_a_power_cu
     place = owner.journal.end.offset
     owner.write("b")
     owner.sync()
+    end = owner.journal.end.offset
     owner.write("c")  # says that 2 is synced
     cache = disk.names[FOLDER / "0000000001.journal"].cache
-    cache[place + 3] ^= 1
-    with pytest.raises(Corrupt, match=f"damaged at byte {place}: this is not record 2") as refused:
-        scan(disk, FOLDER, "boot-2", 0)
-    assert "gwproxy ledger accept-loss" in str(refused.value)
+    whole = bytes(cache)
+    for damage in (b"#", bytes(end - place)):
+        cache[place : place + len(damage)] = damage
+        with pytest.raises(Corrupt, match=f"at byte {place}: this is not record 2") as refused:
+            scan(disk, FOLDER, "boot-2", 0)
+        assert "gwproxy ledger accept-loss" in str(refused.value)
+        cache[:] = whole
+
+
+def test_a_damaged_number_does_not_pass_for_a_record_that_was_synced(disk, owner):
+    owner.write("a")
+    place = owner.journal.end.offset
+    owner.write("b")
+    cache = disk.names[FOLDER / "0000000001.journal"].cache
+    at = cache.index(b'"synced": 0', place) + len(b'"synced": ')
+    cache[at : at + 1] = b"8"
+    assert scan(disk, FOLDER, "boot-2", 0).cut.first_lsn == 2
+
+
+def test_a_segment_that_has_lost_its_header_to_a_power_cut_is_kept_under_another_name(disk, owner):
+    written = [owner.write("x" * 3000)]
+    later = owner.write("y" * 3000)
+    cache = disk.names[FOLDER / "0000000002.journal"].cache
+    cache[:HEADER_BYTES] = bytes(HEADER_BYTES)
+    owner.boot = "boot-2"
+    owner.start()
+    assert (owner.scan.cut.first_lsn, owner.scan.cut.last_lsn) == (2, 2)
+    assert everything(owner.journal) == written
+    assert later in disk.read(FOLDER / "0000000002.journal.aside")
 
 
 def test_a_power_cut_in_the_middle_of_setting_aside_is_taken_up_again(disk, owner):
@@ -1302,8 +1366,8 @@ def test_a_power_cut_in_the_middle_of_setting_aside_is_taken_up_again(disk, owne
         inode.disk[:] = disk_image
         inode.dirty.clear()
     disk.lasting = dict(disk.names)
-    calls = 0
-    for call in range(1, 200):
+    last_call = 0
+    for call, chance in itertools.product(range(1, 200), range(8)):
         copy = Disk()
         copy.names = {path: Inode() for path in disk.names}
         for path, inode in disk.names.items():
@@ -1314,13 +1378,13 @@ def test_a_power_cut_in_the_middle_of_setting_aside_is_taken_up_again(disk, owne
         with suppress(Killed):
             Owner(files, FOLDER, boot="boot-2")
             break
-        copy.cut_power(random.Random(call))
+        copy.cut_power(random.Random(chance))
         again = Owner(copy, FOLDER, boot="boot-3")
         assert everything(again.journal)[:3] == written
         assert len(everything(again.journal)) == 5
         assert any(lost in inode.cache for inode in copy.names.values())
-        calls += 1
-    assert calls > 20
+        last_call = call
+    assert last_call > 20
 
 
 # -- the folder and its lock ---------------------------------------------------------------------

@@ -12,7 +12,7 @@ MOMENTS = st.integers(0, 4_000_000_000_000)  # to the year 2096
 
 
 def ms(text: str) -> int:
-    return int(datetime.fromisoformat(text).timestamp() * 1000)
+    return round(datetime.fromisoformat(text).timestamp() * 1000)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,9 @@ from tests.ledgers import (
 )
 
 moves = st.lists(
-    st.tuples(st.sampled_from(MOVES), st.integers(0, 50), st.integers(0, 50)), max_size=60
+    st.tuples(st.sampled_from(MOVES), st.integers(0, 50), st.integers(0, 50)),
+    min_size=30,
+    max_size=120,
 )
 
 
@@ -75,20 +77,21 @@ def figures(state: State, since: str = "") -> dict:
     }
 
 
-@given(moves=moves, cuts=st.lists(st.integers(0, 60), max_size=4))
+@given(moves=moves, size=st.integers(1, 12), life=st.integers(1, 6))
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-async def test_any_history_in_any_batches_leads_to_the_same_rows(tmp_path_factory, moves, cuts):
-    """With restarts in between, as in one batch from the first record on; and all of it adds up."""
+async def test_any_history_in_any_batches_leads_to_the_same_rows(
+    tmp_path_factory, moves, size, life
+):
+    """In batches of `size` moves, by writers that each live for a few, as in one batch from the
+    first record on; and all of it adds up."""
     place = await Place(tmp_path_factory.mktemp("one")).open()
-    done = 0
-    for cut in sorted(cuts):
-        play(place.live, moves[done:cut])
-        done = max(done, cut)
-        await catch_up(place.writer())
-    play(place.live, moves[done:])
-    await catch_up(place.writer())
+    for turn, start in enumerate(range(0, len(moves), size)):
+        if turn % life == 0:
+            writer = place.writer()
+        play(place.live, moves[start : start + size])
+        await catch_up(writer)
     assert place.heard == []
     assert await verify(place.database) == []
 

@@ -117,11 +117,13 @@ def _(stack: ExitStack) -> None:
 @defect(
     "room-not-kept",
     "settlements have room kept for them in the journal",
-    within=400,
+    200,
     slow=True,
     disk_faults=False,
     small=False,
     crashes=0,
+    segment_bytes=12 << 10,
+    most_segments=20,
 )
 def _(stack: ExitStack) -> None:
     def admit(self: ledger.Ledger) -> None:
@@ -131,6 +133,8 @@ def _(stack: ExitStack) -> None:
             raise ledger.NotRecorded("no")
 
     _instead(stack, ledger.Ledger, "admit", admit)
+    _instead(stack, journal, "LEAST_ROOM_BYTES", 0)
+    _instead(stack, upkeep, "LOOK_EVERY_S", 5.0)  # however long the next segment takes
 
 
 @defect("owed-later", "what is owed is recorded before anything new is let in")
@@ -608,9 +612,10 @@ def _(stack: ExitStack) -> None:
 @defect(
     "another's-outcome",
     "what becomes of an owed record says nothing of one's own",
-    within=400,
+    600,
     disk_faults=True,
     clocks=False,
+    crashes=0,
 )
 def _(stack: ExitStack) -> None:
     pay = ledger.Ledger.pay
@@ -638,7 +643,14 @@ def _(stack: ExitStack) -> None:
     _instead(stack, ledger.Ledger, "post", plain)
 
 
-@defect("cut-beyond-the-hold", "what a cut stream is charged was held for it", 100)
+@defect(
+    "cut-beyond-the-hold",
+    "what a cut stream is charged was held for it",
+    600,
+    disk_faults=False,
+    database_faults=False,
+    crashes=0,
+)
 def _(stack: ExitStack) -> None:
     extend, set_mark = Reservation.extend, Reservation._set_mark
 
@@ -654,22 +666,3 @@ def _(stack: ExitStack) -> None:
             set_mark(self, *args, **how)
 
     _instead(stack, Reservation, "extend", careless)
-
-
-@defect(
-    "no-segment-to-rescue",
-    "what could not be synced gets a segment beyond the most",
-    within=300,
-    disk_faults=True,
-    database_faults=True,
-    most_segments=4,
-)
-def _(stack: ExitStack) -> None:
-    begin_spare = journal.Journal.begin_spare
-
-    def strict(self: journal.Journal) -> Any:
-        if self._distrusted and self.size_bytes() + self._segment_bytes >= self._max_bytes:
-            return None
-        return begin_spare(self)
-
-    _instead(stack, journal.Journal, "begin_spare", strict)
