@@ -295,7 +295,12 @@ async def kill_under_load(
                 if is_last:
                     await life.stop()
                     break
-                loop.call_later(random.uniform(0.0, 0.9), life.kill)
+                kill_after_s = random.uniform(0.0, 0.9)
+                if random.random() < 0.2:
+                    # It is about to end in order, which takes it a second while streams run.
+                    loop.call_later(kill_after_s, life.ask_to_end)
+                    kill_after_s += random.uniform(0.0, 1.5)
+                loop.call_later(kill_after_s, life.kill)
                 async with asyncio.TaskGroup() as group:
                     group.create_task(office.work(client, "ann"))
                     for _ in range(10):
@@ -488,7 +493,6 @@ async def test_killed_before_any_call_of_its_recovery_it_recovers_the_next_time(
 # -- the very first start --------------------------------------------------------------------------
 
 FIRST = [
-    Strike("unlink", 1),  # SQLite's journal of the first change of all
     Strike("pwrite64", 40),  # in the middle of the migrations
     Strike("fallocate", 1),  # a database that has a name, and no journal yet
 ]
@@ -496,6 +500,7 @@ OTHERS = [
     *(Strike("pwrite64", when) for when in (1, 2, 3, 4, 9, 13, 16, 17, 34, 60)),
     *(Strike("fdatasync", when) for when in range(1, 8)),
     *(Strike("fsync", when) for when in range(1, 6)),
+    Strike("unlink", 1),  # SQLite's journal of the first change of all
     *(Strike("fallocate", 2), Strike("mkdir", 1)),
 ]
 

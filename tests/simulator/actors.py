@@ -90,7 +90,7 @@ async def admin(life: Life) -> None:
     assert life.store is not None
     random, store, world = life.random, life.store, life.world
     while True:
-        await pause(life, 3)
+        await pause(life, 2)
         what = random.random()
         try:
             if what < 0.35:

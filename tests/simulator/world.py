@@ -462,7 +462,7 @@ class World:
         assert life is not None
         self.trace.append(f"  {'' if certain else '? '}{payload.decode()[:240]}")
         if not certain:
-            self.tempt(0.3, 5)
+            self.tempt(0.4, 12)
         try:
             if life.ledger is not None:
                 self._look_at_moment(life.loop.now_s - self.jumped_s, payload, life.ledger)
@@ -503,7 +503,7 @@ class World:
         oracle, state = self.oracle, ledger.state
         before = list(oracle.history)
         oracle.survived(state.lsn, power_cut=self.cut, synced=self.floor, liar=self.plan.liar)
-        for payload in before[state.lsn :]:
+        for payload in before[state.lsn :] if self.cut else ():
             self.lost |= actors.request_of(payload, before)
         self._read_again(ledger.journal)
         # What was in force without a record is undone, as was told.
