@@ -600,7 +600,7 @@ def _(stack: ExitStack) -> None:
 @defect(
     "uncertain-watermark",
     "a watermark of unknown outcome allows for nothing",
-    within=300,
+    600,
     disk_faults=True,
     crashes=5,
 )
@@ -619,7 +619,7 @@ def _(stack: ExitStack) -> None:
 @defect(
     "another's-outcome",
     "what becomes of an owed record says nothing of one's own",
-    600,
+    1500,
     disk_faults=True,
     clocks=False,
     crashes=0,

@@ -129,8 +129,10 @@ class Disk:
             return False
         node, length = self.random.choice(written)
         place = self.random.randrange(length)
+        flip = self.random.randrange(1, 256)
         for content in (node.disk, node.data):
-            content[place] ^= self.random.randrange(1, 256)
+            if place < len(content):
+                content[place] ^= flip
         return True
 
     def cut(self) -> None:
