@@ -220,12 +220,16 @@ class Where(Enum):
     """Some of the files of a ledger."""
 
     JOURNAL = "the segments that are written to, and the next ones"
+    OLD = "the segments before those, which go once a backup has them"
     LOG = "SQLite's write-ahead log"
 
     def files(self, place: Place) -> list[Path]:
         if self is Where.LOG:
             return [place.folder / "gwproxy.db-wal"]
-        last = max(int(path.stem) for path in place.journal.glob("*.journal"))
+        there = sorted(place.journal.glob("*.journal"))
+        if self is Where.OLD:
+            return there[:-2]
+        last = int(there[-1].stem)
         return [place.journal / segment_name(last + i) for i in range(-1, 8)]  # it and its spare
 
 

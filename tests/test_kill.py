@@ -401,8 +401,10 @@ async def test_killed_before_any_of_its_first_writes_the_books_are_right(
         [Strike("fdatasync", when) for when in range(4, 12)],
         # With these the first segment is full, and the next one is written to and one prepared.
         [Strike("fallocate", 1), Strike("fsync", 1), Strike("fsync", 2)],
+        # A minute after its start: a backup that has no name yet, and one that has just got it.
+        [Strike("rename", 1), Strike("unlink", 1, Where.OLD)],
     ],
-    ids=["journal", "database", "sync", "rotation"],
+    ids=["journal", "database", "sync", "rotation", "backup"],
 )
 async def test_killed_before_any_later_write_the_books_are_right(
     tmp_path: Path, closed: int, strikes: list[Strike]

@@ -17,7 +17,7 @@ from gwproxy.core.errors import StorageUnavailable
 from gwproxy.core.identity import ApiKey, Organization, Status, User
 from gwproxy.core.ledger import Request, State, apply
 from gwproxy.core.period import periods
-from gwproxy.core.records import Adjust, Admin, Alert, Close, decode
+from gwproxy.core.records import Adjust, Admin, Alert, Close, Mark, decode
 from gwproxy.storage import directory
 from gwproxy.storage.database import CHECKPOINT_BYTES, Database
 from gwproxy.storage.ledger import LOADED_MS, begin_epoch, load_state, read_mark, retry_after_s
@@ -685,6 +685,30 @@ async def test_addresses_may_change_hands_within_one_batch(place):
         "a@example.org",
         "b@example.org",
     }
+
+
+async def test_an_open_reservation_comes_back_as_it_was(place):
+    """At each of its turns, and after two months."""
+    r = place.live.reserve("ann", 500, hidden=True)
+    place.live.settle(place.live.reserve("ann", 500), 400)
+    turns = [
+        lambda: None,
+        lambda: place.live.post(Mark, r=r, tokens=5, cost=50),
+        lambda: place.live.extend(r, 900),
+        lambda: place.live.retry(r, "gemini", 700),
+        lambda: place.live.retry(r, "openai", 800, hidden=True),
+        lambda: place.live.post(Mark, r=r, tokens=7, cost=70),
+    ]
+    writer = place.writer()
+    for days in (0, 100):
+        place.live.t += days * DAY
+        for turn in turns:
+            turn()
+            await catch_up(writer)
+            loaded = await load_state(place.database, breathe=no_breath)
+            since = periods(place.live.state.t - LOADED_MS)[0]
+            assert figures(loaded, since) == figures(place.live.state, since)
+            assert await verify(place.database) == []
 
 
 async def test_more_rows_than_a_page_are_all_loaded(place):

@@ -66,7 +66,7 @@ def plan(
 ) -> Plan | Short:
     """The hold for one candidate, where `left` nano-USD are left; None: there is no limit."""
     choices = ask.choices
-    if left is not None and rate.worst_case(ask.prompt, FIRST_OUTPUT) == 0:
+    if left is not None and left < 0 and rate.worst_case(ask.prompt, FIRST_OUTPUT) == 0:
         left = None  # what costs nothing always fits
     if ask.declared is not None:
         # A maximum that the caller chose is never lowered: it fits, or he is told what would.

@@ -75,14 +75,12 @@ class Rate:
         Looks at each tier the input can reach, because a dearer one need not be the last, and
         takes all input at its dearest bucket, because a cache is the provider's to use.
         """
-        return nanos_from_picos(
-            max(
-                input_tokens * max(tier.input, tier.cache_read, tier.cache_write)
-                + output_tokens * tier.output
-                for index, tier in enumerate(self.tiers)
-                if index == 0 or input_tokens > tier.above_input_tokens
-            )
-        )
+        most = 0
+        for index, tier in enumerate(self.tiers):
+            if index == 0 or input_tokens > tier.above_input_tokens:
+                dearest = max(tier.input, tier.cache_read, tier.cache_write)
+                most = max(most, input_tokens * dearest + output_tokens * tier.output)
+        return nanos_from_picos(most)
 
     def affordable_output(self, input_tokens: int, amount: int) -> int | None:
         """The most output tokens whose worst case, with this input, is within `amount` nano-USD.
