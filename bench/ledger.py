@@ -240,7 +240,7 @@ class Window:
         return sorted(self.late_ms)[min(len(self.late_ms) - 1, int(len(self.late_ms) * share))]
 
 
-async def _window(seconds: float, work: Callable[[], Awaitable[None]] | None) -> Window:
+async def _window(work: Callable[[], Awaitable[None]]) -> Window:
     late: list[float] = []
 
     async def tick() -> None:
@@ -252,35 +252,32 @@ async def _window(seconds: float, work: Callable[[], Awaitable[None]] | None) ->
     async with asyncio.TaskGroup() as group:
         ticking = group.create_task(tick())
         began, cpu = time.perf_counter(), time.process_time()
-        if work is None:
-            await asyncio.sleep(seconds)
-        else:
-            await work()
+        await work()
         window = Window(time.perf_counter() - began, time.process_time() - cpu, late)
         ticking.cancel()
     return window
 
 
 async def everything(rate: int, seconds: float) -> tuple[list[Window], list[Window], int]:
-    """Windows with so many requests a second and windows without any, in turns."""
+    """Windows with so many requests a second, and windows that only wake up as often, in turns."""
     with tempfile.TemporaryDirectory() as folder:
         async with _store(Path(folder)) as store:
             desk = Desk(store.ledger, store.keyring, _people(store.keyring))
             quote = await desk.quote()
 
-            async def work() -> None:
+            async def paced(request: Callable[[], None]) -> None:
                 began = time.perf_counter()
                 for number in range(int(rate * seconds)):
                     ahead = began + number / rate - time.perf_counter()
                     # Behind or not, the loop has its turn after each: sockets would give it one.
                     await asyncio.sleep(max(0.0, ahead))
-                    desk.request(quote)
+                    request()
                 await _caught_up(store)
 
             busy, idle = [], []
             for _ in range(3):
-                idle.append(await _window(seconds, None))
-                busy.append(await _window(seconds, work))
+                idle.append(await _window(lambda: paced(lambda: None)))
+                busy.append(await _window(lambda: paced(lambda: desk.request(quote))))
             return busy, idle, int(rate * seconds)
 
 

@@ -680,11 +680,13 @@ class Writer:
         state, cursor = place.state, place.cursor
         batch = Batch(state.lsn + 1)
         closed: set[Key] = set()
-        at_end = False
-        while not at_end and batch.count < MOST_RECORDS:
-            most = min(SLICE_RECORDS, MOST_RECORDS - batch.count)
+        # What comes meanwhile is for the next batch: running after it is a read for each record.
+        last = min(self._journal.end.lsn, cursor.lsn + MOST_RECORDS)
+        while cursor.lsn < last:
+            most = min(SLICE_RECORDS, last - cursor.lsn)
             payloads, cursor = self._journal.read(cursor, most, SLICE_BYTES)
-            at_end = not payloads
+            if not payloads:
+                break  # the end was taken back, to be written anew elsewhere
             for payload in payloads:
                 record = decode(payload)
                 if isinstance(record, Adjust | Close):
@@ -694,8 +696,7 @@ class Writer:
                     if isinstance(record, Close):
                         closed.update(_keys(record))
                 batch.add(record, apply(state, record))
-            if payloads:
-                await self._breathe()
+            await self._breathe()
         if not batch.count and self.state is Storage.OK:
             return 0
         if batch.count:
@@ -705,7 +706,7 @@ class Writer:
         await self._database.commit(lambda c: write(c, batch, state, mark))
         place.cursor = cursor
         self.applied = cursor.lsn
-        self._committed(at_end and self._now() - started < BACK_WITHIN_S)
+        self._committed(batch.count < MOST_RECORDS and self._now() - started < BACK_WITHIN_S)
         await self._database.checkpoint()
         return batch.count
 
