@@ -741,7 +741,7 @@ async def test_more_rows_than_a_page_are_all_loaded(place):
 # -- how it works --------------------------------------------------------------------------------
 
 
-async def test_a_transaction_holds_no_more_than_5000_records_and_a_slice_no_more_than_64(place):
+async def test_a_transaction_holds_no_more_than_5000_records_and_a_slice_no_more_than_32(place):
     seen = []
 
     async def breathe() -> None:
@@ -750,7 +750,7 @@ async def test_a_transaction_holds_no_more_than_5000_records_and_a_slice_no_more
     place.live.requests(4000)
     writer = place.writer(breathe=breathe)
     assert await writer.step() == 5000
-    assert len(seen) >= 5000 // 64
+    assert len(seen) >= 5000 // 32
     assert (await read_mark(place.database)).lsn == writer.applied == 5000
     assert await writer.step() == 3000
     assert await writer.step() == 0

@@ -251,7 +251,10 @@ class World:
                 if outcome == "crashed":
                     self.disk.weather.clear()
                     self.file.weather.clear()
-                    if self.plan.power_cuts and self.random.random() < 0.6:
+                    # Nor after a byte has rotted that no start has met yet: the damage could be the
+                    # power cut's own.
+                    unclear = self.rotten
+                    if self.plan.power_cuts and not unclear and self.random.random() < 0.6:
                         self.say("the power fails")
                         self.disk.cut()
                         self.boots += 1
