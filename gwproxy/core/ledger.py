@@ -55,7 +55,7 @@ class Balance:
 class Hold:
     """An open reservation."""
 
-    __slots__ = ("attempt", "attempt_lsn", "hidden", "holds", "mark", "reserve", "tokens")
+    __slots__ = ("attempt", "hidden", "holds", "mark", "reserve", "tokens")
 
     def __init__(self, reserve: Reserve) -> None:
         self.reserve = reserve

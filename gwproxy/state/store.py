@@ -144,7 +144,12 @@ class Store:
         and is not is done without, and what only it knew is lost.
         """
         async with contextlib.AsyncExitStack() as undo:
-            database = await undo.enter_async_context(await Database.open(kept.database))
+            # Where there is a journal there has been a database: a disk that is not mounted must
+            # not pass for a fresh start.
+            fresh = not any(kept.journal.glob("*.journal"))
+            database = await undo.enter_async_context(
+                await Database.open(kept.database, create=fresh)
+            )
             lock = claim(kept.journal)
             undo.callback(os.close, lock)
             store = await cls._open(
