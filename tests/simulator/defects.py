@@ -118,7 +118,7 @@ def _(stack: ExitStack) -> None:
 @defect(
     "room-not-kept",
     "settlements have room kept for them in the journal",
-    200,
+    400,
     slow=True,
     disk_faults=False,
     small=False,
