@@ -68,8 +68,11 @@ class ListenFailed(OSError):
 class App:
     """A running gateway: `async with await App.start(config, log)`; `addresses` are open."""
 
-    def __init__(self, config: Config, log: Log, counter: Counter | None = None) -> None:
+    def __init__(
+        self, config: Config, log: Log, counter: Counter | None, book: PriceBook | None
+    ) -> None:
         self._counter = counter
+        self._book = book
         self.config = config
         self.log = log
         self.draining = False
@@ -83,9 +86,16 @@ class App:
     # -- building ----------------------------------------------------------------------------
 
     @classmethod
-    async def start(cls, config: Config, log: Log, counter: Counter | None = None) -> "App":
-        """`counter` is for whoever starts several: loading the vocabulary takes half a second."""
-        app = cls(config, log, counter)
+    async def start(
+        cls,
+        config: Config,
+        log: Log,
+        counter: Counter | None = None,
+        book: PriceBook | None = None,
+    ) -> "App":
+        """`counter` and `book`, the prices without overrides, are for whoever starts several: to
+        load the vocabulary and the table takes most of a second."""
+        app = cls(config, log, counter, book)
         try:
             await app._build()
         except BaseException:
@@ -107,7 +117,7 @@ class App:
             self.log.event("info", "admin key not set: the bootstrap key is off")
         counter = self._counter or choose_counter(assets.ranks())
         overrides = {name: price.row() for name, price in config.prices.models.items()}
-        prices = PriceBook(assets.prices(), overrides)
+        prices = (self._book or PriceBook(assets.prices())).with_overrides(overrides)
         routes = build_routes(config, prices)
         metrics = Metrics(*_labels(routes, prices))
         if isinstance(counter, ByteEstimate):

@@ -19,6 +19,7 @@ from yarl import URL
 from gwproxy import assets
 from gwproxy.app import App
 from gwproxy.config import load
+from gwproxy.core.pricing import PriceBook
 from gwproxy.core.routing import CATALOGUE
 from gwproxy.core.tokens import Tokenizer, choose_counter
 from gwproxy.log import Log
@@ -70,7 +71,7 @@ class Gateway(BaseTestServer):
         path.chmod(0o600)
         config = load(path, self._environ, catalogue=CATALOGUE)
         self.log.start()
-        self.app = await App.start(config, self.log, tokenizer())
+        self.app = await App.start(config, self.log, tokenizer(), prices())
         self._root = URL(self.app.addresses[0])
         self.host, self.port, self.scheme = self._root.host or "", self._root.port, "http"
 
@@ -111,6 +112,12 @@ class Gateway(BaseTestServer):
                 if len(chats) >= least:
                     return chats[number]
                 await asyncio.sleep(0.02)
+
+
+@functools.cache
+def prices() -> PriceBook:
+    """One for all tests, too."""
+    return PriceBook(assets.prices())
 
 
 @functools.cache
