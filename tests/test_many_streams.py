@@ -6,7 +6,7 @@ import resource
 
 import pytest
 
-from tests.conftest import Front
+from tests.conftest import Front, StartGateway
 from tests.harness import ADMIN, DONE, Received, Upstream, Wire, chat, delta, usage_only
 
 EVENTS = 10
@@ -60,11 +60,15 @@ async def test_two_hundred_streams_at_once_are_whole(front: Front, upstream: Ups
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-async def test_two_thousand_streams_at_once_are_whole(front: Front, upstream: Upstream) -> None:
+async def test_two_thousand_streams_at_once_are_whole(
+    start_gateway: StartGateway, upstream: Upstream
+) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most < 10_000:
         pytest.skip(f"needs 10,000 open files, and this machine allows {most}")
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    # The journal keeps room for the settlement of each of them.
+    front = await start_gateway(GWPROXY__STORAGE__JOURNAL_SEGMENT_BYTES=str(16 << 20))
     front.client.session.connector._limit = 0
     await run(front, upstream, 2_000)
     assert json.dumps(front.gateway.written.getvalue()).count("stream_interrupted") == 0
