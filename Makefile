@@ -8,8 +8,8 @@ BIN    := $(VENV)/bin
 run: $(VENV)/.runtime            ## the gateway with its built-in demo upstream: no account, no configuration
 	@$(BIN)/python -m gwproxy demo
 
-test: $(VENV)/.dev               ## the whole test suite
-	@$(BIN)/python -m pytest -q
+test: $(VENV)/.dev               ## the whole test suite, on all cores
+	@$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 check: $(VENV)/.dev              ## style, types, tests: what a change must pass
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -32,7 +32,7 @@ from gwproxy.core.identity import (
     mint,
     parse,
 )
-from gwproxy.core.learned import OutputLengths
+from gwproxy.core.learned import Factors, OutputLengths
 from gwproxy.core.ledger import Account, State, apply, held, left
 from gwproxy.core.money import Nanos
 from gwproxy.core.pricing import PriceBook
@@ -93,6 +93,7 @@ class Desk:
             prices,
             Rates(time.monotonic),
             OutputLengths(),
+            Factors(),
             count=_count,
             durable=_at_once,
             lost=lambda: False,

@@ -27,7 +27,7 @@ from gwproxy.admin.routes import routes as admin_routes
 from gwproxy.config import Config, Listen
 from gwproxy.core.errors import StorageUnavailable
 from gwproxy.core.identity import FailureMode
-from gwproxy.core.learned import OutputLengths
+from gwproxy.core.learned import Factors, OutputLengths
 from gwproxy.core.money import NANOS_PER_USD
 from gwproxy.core.pricing import PriceBook
 from gwproxy.core.routing import CATALOGUE, Link, Provider, Routes, max_tokens_field
@@ -136,6 +136,8 @@ class App:
         upstream = self._open_upstream(metrics)
         self._upstream = upstream
         dispatch = self._build_dispatch(upstream, metrics)
+        factors = Factors()
+        metrics.refresh.append(functools.partial(_show_factors, metrics, factors))
         accounts = Accounts(keyring, terms(config))
         books = Books(
             ledger,
@@ -144,6 +146,7 @@ class App:
             prices,
             Rates(time.monotonic),
             OutputLengths(),
+            factors,
             count=counter.count,
             durable=store.durable,
             lost=lambda: store.lost,
@@ -454,6 +457,13 @@ def _show_ledger(metrics: Metrics, store: Store) -> None:
     metrics.journal_state.value = journal.lost is not None
     metrics.journal_bytes.value = journal.size_bytes()
     metrics.ledger_queue.value = state.lsn - store.writer.applied
+
+
+def _show_factors(metrics: Metrics, factors: Factors) -> None:
+    for text, ratios in (("answer", factors.answers), ("prompt", factors.prompts)):
+        for one in ratios:
+            error = one.error_per_mille / 1000
+            metrics.token_ratio(text, one.model, one.per_mille / 1000, error)
 
 
 def _labels(routes: Routes, prices: PriceBook) -> tuple[frozenset[str], frozenset[str]]:

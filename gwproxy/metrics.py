@@ -218,6 +218,18 @@ class Metrics(Collector):
             "gwproxy_tokenizer_fallback",
             "1 when tokens are estimated from bytes because the tokenizer failed its self-test.",
         ).child()
+        self._token_ratio = self._gauge(
+            "gwproxy_token_ratio",
+            "Tokens that a model's provider reports for one that is counted here.",
+            "model",
+            "text",
+        )
+        self._token_ratio_error = self._gauge(
+            "gwproxy_token_ratio_error",
+            "By how much predictions of reported tokens were off, as a share of what was reported.",
+            "model",
+            "text",
+        )
         self.loop_stall = self._spread(
             "gwproxy_loop_stall_seconds", "How late the event loop's coarse timer fired.", _STALL_S
         ).child()
@@ -286,6 +298,13 @@ class Metrics(Collector):
 
     def fallback(self, old: str, new: str, reason: str) -> Count:
         return self._fallbacks.child(self._provider(old), self._provider(new), reason)
+
+    def token_ratio(self, text: str, model: str, ratio: float, error: float) -> None:
+        """How far our counts of a model's answers or prompts are off."""
+        label = self._model(model)
+        if label != OTHER:  # which would be of many, the last one's
+            self._token_ratio.child(label, text).value = ratio
+            self._token_ratio_error.child(label, text).value = error
 
     def _provider(self, name: str) -> str:
         return name if not name or name in self._providers else OTHER

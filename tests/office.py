@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from gwproxy.core.chat import ChatRequest
 from gwproxy.core.identity import ApiKey, Organization, Principal, User
-from gwproxy.core.learned import OutputLengths
+from gwproxy.core.learned import Factors, OutputLengths
 from gwproxy.core.ledger import State, apply
 from gwproxy.core.meter import Meter
 from gwproxy.core.pricing import PriceBook
@@ -212,6 +212,7 @@ class Office:
         self.accounts = Accounts(self.keyring, terms or Terms())
         self.rates = Rates(self.clocks.monotonic)
         self.lengths = OutputLengths()
+        self.factors = Factors()
         self.metrics = Metrics(frozenset("abcdef"), frozenset())
         self.written = io.StringIO()
         self.log = Log(self.written, "debug")
@@ -225,6 +226,7 @@ class Office:
             PriceBook({"version": "test", "aliases": {}, "providers": {}}, prices),
             self.rates,
             self.lengths,
+            self.factors,
             count=tokenizer().count,
             durable=durable or self.durable,
             lost=lambda: self.database_lost,

@@ -40,7 +40,8 @@ CONTRACT = {
     "gwproxy_reconcile_drift_usd": (),
     "gwproxy_loop_stall_seconds": (),
     "gwproxy_tokenizer_fallback": (),
-    "gwproxy_token_ratio": ...,
+    "gwproxy_token_ratio": ("model", "text"),
+    "gwproxy_token_ratio_error": ("model", "text"),
     "gwproxy_budget_alerts_total": ("scope", "threshold"),
     "gwproxy_auth_failures_total": (),
     "gwproxy_journal_bytes": (),
@@ -106,6 +107,8 @@ def used() -> Metrics:
     metrics.stream_gap.observe(0.3)
     metrics.loop_stall.observe(0.0)
     metrics.ledger_commit.observe(0.002)
+    metrics.token_ratio("answer", "gpt-4o", 1.02, 0.1)
+    metrics.token_ratio("answer", "made-up", 3.0, 0.1)
     return metrics
 
 

@@ -413,6 +413,56 @@ async def test_an_attempt_that_cannot_be_recorded_is_not_made(office: Office) ->
     office.assert_in_order()
 
 
+# -- how far our counts are off --------------------------------------------------------------------
+
+
+async def answer_of(office: Office, *, counted: int, reported: int, prompt: int) -> None:
+    async with office.reserve() as reservation:
+        meter = answered(reservation)
+        says(meter, counted)
+        uses(meter, reported, prompt)
+        reservation.outcome = Outcome.COMPLETED
+
+
+async def test_what_a_provider_reports_corrects_what_is_counted(office: Office) -> None:
+    """A model whose tokenizer makes half as many again is charged so, where its usage is missing
+    too, and held so."""
+    office.change_user(monthly_limit=100_000 * INPUT)  # low enough for prompts to be counted
+    for _ in range(30):
+        await answer_of(office, counted=100, reported=150, prompt=2 * PROMPT)
+    async with office.reserve() as reservation:
+        priced = reservation.chain[0].priced
+        assert (priced.answer_factor, priced.prompt_factor) == (1500, 1000)  # a prompt too short
+        says(answered(reservation), 100)
+    end = settlement(office)
+    assert (end.source, end.tokens[3]) == ("counted", 150)
+    office.assert_in_order()
+
+
+async def test_a_long_prompt_teaches_what_prompts_weigh(office: Office) -> None:
+    office.change_user(monthly_limit=30_000 * INPUT)
+    messages = [{"role": "user", "content": "word " * 60}]
+    for _ in range(30):
+        async with office.reserve(messages=messages) as reservation:
+            counted = reservation.quote.counted
+            assert counted is not None
+            uses(answered(reservation), 1, 2 * counted)
+    assert office.quote(messages=messages).priced[0].ask.prompt == 2 * counted
+    with_an_image = [{"role": "user", "content": [{"type": "image_url", "image_url": "a:b"}]}]
+    async with office.reserve(messages=with_an_image) as reservation:
+        uses(answered(reservation), 1, 5_000)
+    assert next(iter(office.factors.prompts)).answers == 30
+
+
+async def test_an_answer_that_was_cut_teaches_nothing(office: Office) -> None:
+    async with office.reserve() as reservation:
+        meter = answered(reservation)
+        says(meter, 100)
+        uses(meter, 150)
+        reservation.outcome = Outcome.TRUNCATED
+    assert list(office.factors.answers) == []
+
+
 # -- the watermark ---------------------------------------------------------------------------------
 
 
@@ -420,7 +470,7 @@ def relayed_is_covered(office: Office, reservation: Reservation, words: int) -> 
     """Recovery would charge no less than what has been passed on."""
     hold = office.ledger.state.holds[reservation.lsn]
     priced = reservation.chain[0].priced
-    said = scale(tokenizer().count(text(words)), family_factor(priced.candidate.model))
+    said = scale(tokenizer().count(text(words)), priced.answer_factor)
     assert hold.tokens >= said
     assert hold.recovered_cost() >= priced.rate.worst_case(PROMPT, said)
 

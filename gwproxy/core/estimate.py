@@ -117,6 +117,17 @@ def prompt_slices(
     return total
 
 
+def text_alone(body: Mapping[str, Any]) -> bool:
+    """Whether the prompt is plain messages: of anything else the count is partly a bound, which
+    says nothing of how many tokens a provider makes of a text."""
+    messages = body.get("messages")
+    return (
+        type(messages) is list
+        and all(type(one) is dict and type(one.get("content")) is str for one in messages)
+        and not any(body.get(field) for field in _SCHEMAS)
+    )
+
+
 def _prompt(body: Mapping[str, Any]) -> Iterator[str | int]:
     """Everything in `body` that a model may read: texts to be counted, and tokens known already."""
     messages = body.get("messages")

@@ -250,6 +250,16 @@ class Ratios:
         self._ratios = OrderedDict((ratio.model, ratio) for ratio in read)
 
 
+class Factors:
+    """What our counts are multiplied with, in thousandths: of answers, and of prompts."""
+
+    __slots__ = ("answers", "prompts")
+
+    def __init__(self) -> None:
+        self.answers = Ratios()
+        self.prompts = Ratios()
+
+
 _SavedRatios = Annotated[list[_Ratio], msgspec.Meta(max_length=MOST_MODELS)]
 
 

@@ -11,10 +11,10 @@ from typing import Final
 
 from gwproxy.core.chat import ChatRequest
 from gwproxy.core.errors import ModelNotPriced, StorageUnavailable
-from gwproxy.core.estimate import prompt_bound, prompt_slices
+from gwproxy.core.estimate import prompt_bound, prompt_slices, text_alone
 from gwproxy.core.holds import Ask, Short, plan
 from gwproxy.core.identity import FailureMode, Organization, Principal
-from gwproxy.core.learned import OutputLengths
+from gwproxy.core.learned import Factors, OutputLengths
 from gwproxy.core.ledger import Account, held, left
 from gwproxy.core.limits import limits_of
 from gwproxy.core.money import NANOS_PER_USD
@@ -22,7 +22,7 @@ from gwproxy.core.period import periods
 from gwproxy.core.pricing import PriceBook
 from gwproxy.core.records import Alert, Reserve
 from gwproxy.core.routing import Candidate
-from gwproxy.core.tokens import family_factor, scale
+from gwproxy.core.tokens import scale
 from gwproxy.core.trace import Trace
 from gwproxy.log import Log
 from gwproxy.metrics import Metrics
@@ -52,6 +52,7 @@ class Books:
         prices: PriceBook,
         rates: Rates,
         lengths: OutputLengths,
+        factors: Factors,
         *,
         count: Callable[[str], int],
         durable: Callable[[int], Awaitable[None]],
@@ -66,6 +67,7 @@ class Books:
         self._books_of: dict[str, tuple[Organization, PriceBook]] = {}
         self._rates = rates
         self._lengths = lengths
+        self._factors = factors
         self._count = count
         self._lost = lost
         self._metrics = metrics
@@ -112,15 +114,17 @@ class Books:
         declared = chat.max_output_tokens is not None
         for candidate, rate in rated:
             model = candidate.model
+            prompt_factor = self._factors.prompts.per_mille(model)
             ask = Ask(
-                prompt=bound if counted is None else scale(counted, family_factor(model)),
+                prompt=bound if counted is None else scale(counted, prompt_factor),
                 declared=chat.max_output_tokens,
                 choices=chat.choices,
                 stream=chat.stream,
                 hidden=rate.hides_reasoning or chat.thinks,
                 learned=None if declared else self._lengths.p95(principal.key_id, model),
             )
-            priced.append(Priced(candidate, rate, ask))
+            answer_factor = self._factors.answers.per_mille(model)
+            priced.append(Priced(candidate, rate, ask, answer_factor, prompt_factor))
         return Quote(chat, tuple(priced), prices.version, counted)
 
     async def _counted(self, chat: ChatRequest) -> int:
@@ -275,15 +279,25 @@ class Books:
                 (usage.input, usage.cache_read, usage.cache_write, usage.output, usage.reasoning),
                 each.cost / NANOS_PER_USD,
             )
-            # An answer that was cut says nothing of how long they get.
             if each.source == "provider" and usage.output and trace.outcome == "completed":
-                self._lengths.observe(reservation.principal.key_id, candidate.model, usage.output)
+                self._learn(reservation, each)
         metrics.settlement(trace.outcome).value += 1
         if overrun:
             metrics.overruns.value += 1
         if spent:
             # Where the settlement is owed, this comes after it.
             self.ledger.must(lambda: self._alert(reservation))
+
+    def _learn(self, reservation: Reservation, spent: Spent) -> None:
+        """From an answer that came to its own end: one that was cut says nothing of its like."""
+        usage, model = spent.usage, spent.priced.candidate.model
+        self._lengths.observe(reservation.principal.key_id, model, usage.output)
+        meter, quote = reservation.meter, reservation.quote
+        if meter is not None and meter.has_output:
+            shown = usage.output - usage.reasoning
+            self._factors.answers.observe(model, meter.counted(), shown)
+        if quote.counted is not None and text_alone(quote.chat.body):
+            self._factors.prompts.observe(model, quote.counted, usage.input_total)
 
     def _alert(self, reservation: Reservation) -> None:
         """Say, once per account and period, that most of a budget is spent."""

@@ -23,7 +23,7 @@ from gwproxy.core.meter import Meter
 from gwproxy.core.pricing import Rate
 from gwproxy.core.records import NO_TOKENS, Attempt, Held, Mark, Rates, Settle, Tokens, Tried
 from gwproxy.core.routing import Candidate
-from gwproxy.core.tokens import family_factor, scale
+from gwproxy.core.tokens import scale
 from gwproxy.core.trace import Trace
 from gwproxy.core.usage import Usage
 from gwproxy.state.accounts import Accounts, Figures, tightest
@@ -66,6 +66,10 @@ class Priced(msgspec.Struct, frozen=True):
     candidate: Candidate
     rate: Rate
     ask: Ask
+    answer_factor: int
+    """What the model's provider reports for 1000 tokens of an answer that we count."""
+    prompt_factor: int
+    """And of a prompt."""
 
 
 class Planned(msgspec.Struct, frozen=True):
@@ -275,7 +279,7 @@ class Reservation:
         """
         assert self.meter is not None and self._priced is not None
         rate, ask, candidate = self._priced.rate, self._priced.ask, self._priced.candidate
-        factor = family_factor(candidate.model)
+        factor = self._priced.answer_factor
         desk, hold = self._desk, self._hold()
         account = desk.accounts.provider(candidate.provider.name, self.periods[1])
         bound = self.meter.bound()
@@ -423,7 +427,7 @@ class Reservation:
             return reported, "provider"
         if self._stage is _Stage.SENT:
             return Usage(input=self._prompt_tokens()), "estimated"
-        counted = scale(min(meter.counted(), self._fits), family_factor(priced.candidate.model))
+        counted = scale(min(meter.counted(), self._fits), priced.answer_factor)
         if reported is None:
             return Usage(input=self._prompt_tokens(), output=counted), "counted"
         if counted <= reported.output:
@@ -446,7 +450,7 @@ class Reservation:
                 counted = (chat.size_bytes + 3) // 4
             else:
                 counted = prompt_tokens(chat.body, self._desk.count)
-        return scale(counted, family_factor(self._priced.candidate.model))
+        return scale(counted, self._priced.prompt_factor)
 
     @property
     def organization(self) -> Organization:
@@ -497,7 +501,7 @@ class Reservation:
         """Record that no more than `units` tokens as the meter counts them will be relayed."""
         assert self._priced is not None
         ledger, ask = self._desk.ledger, self._priced.ask
-        output = scale(units, family_factor(self._priced.candidate.model))
+        output = scale(units, self._priced.answer_factor)
         own = self._priced.rate.worst_case(ask.prompt, output)
         cost = self._cost_so_far() + own
         holds: tuple[Held, ...] = ()

@@ -19,7 +19,7 @@ import gwproxy.state.ledger as real_ledger
 import gwproxy.state.store as real_store
 import gwproxy.storage.journal as real_journal
 from gwproxy.core.errors import StorageUnavailable
-from gwproxy.core.learned import OutputLengths
+from gwproxy.core.learned import Factors, OutputLengths
 from gwproxy.core.ledger import State
 from gwproxy.core.pricing import PriceBook
 from gwproxy.metrics import Metrics
@@ -348,6 +348,7 @@ class World:
                 PriceBook({"version": "1", "aliases": {}, "providers": {}}, OVERRIDES),
                 Rates(self.monotonic),
                 OutputLengths(),
+                Factors(),
                 count=lambda text: text.count(" "),
                 durable=store.durable,
                 lost=lambda: store.lost,
