@@ -10,6 +10,7 @@ import orjson
 from aiohttp import hdrs, web
 
 from .faults import MODIFIERS
+from .management import PERMISSIONS, FaultError, Management
 from .providers import slugs
 from .scripts import ScriptError, Scripts
 
@@ -21,6 +22,7 @@ class Controlled(Protocol):
     """What the API works on: the running demo, or a stand-in for it."""
 
     scripts: Scripts
+    management: Management
     event_interval_ms: float
 
     @property
@@ -62,6 +64,14 @@ async def serve(request: web.BaseRequest, demo: Controlled) -> web.StreamRespons
             return web.Response(status=204)
         case hdrs.METH_PUT, "pace":
             return _pace(await request.read(), demo)
+        case hdrs.METH_POST, "management/faults":
+            return _management_faults(await request.read(), demo)
+        case hdrs.METH_PUT, "management/tokens":
+            return _tokens(await request.read(), demo)
+        case hdrs.METH_POST, "management/logs":
+            return _plant(await request.read(), demo)
+        case hdrs.METH_PUT, "management/logs":
+            return _manners(await request.read(), demo)
     return _json({"error": "there is nothing here"}, 404)
 
 
@@ -97,6 +107,55 @@ def _pace(raw: bytes, demo: Controlled) -> web.StreamResponse:
         demo.event_interval_ms = max(float(orjson.loads(raw)["event_interval_ms"]), 0.0)
     except (ValueError, TypeError, KeyError):
         return _json({"error": "event_interval_ms is a number"}, 400)
+    return web.Response(status=204)
+
+
+def _management_faults(raw: bytes, demo: Controlled) -> web.StreamResponse:
+    try:
+        wishes = orjson.loads(raw)
+        for wish in wishes if isinstance(wishes, list) else [wishes]:
+            if not isinstance(wish, Mapping):
+                raise FaultError("a fault is a JSON object")
+            demo.management.fault(wish)
+    except (orjson.JSONDecodeError, FaultError) as wrong:
+        return _json({"error": str(wrong)}, 400)
+    return web.Response(status=204)
+
+
+def _tokens(raw: bytes, demo: Controlled) -> web.StreamResponse:
+    """`{"TOKEN": ["run", "read", "edit"]}`: all the tokens there are, and what each may do."""
+    try:
+        tokens = {str(name): frozenset(may) for name, may in orjson.loads(raw).items()}
+    except (orjson.JSONDecodeError, AttributeError, TypeError):
+        tokens = {}
+    if not tokens or not all(may <= PERMISSIONS for may in tokens.values()):
+        return _json({"error": "tokens are an object of lists of run, read and edit"}, 400)
+    demo.management.tokens = tokens
+    return web.Response(status=204)
+
+
+def _plant(raw: bytes, demo: Controlled) -> web.StreamResponse:
+    """Rows for the log, as its API will show them."""
+    try:
+        rows = orjson.loads(raw)
+        if not all(isinstance(row["id"] and row["created_at"], str) for row in rows):
+            raise TypeError
+    except (orjson.JSONDecodeError, TypeError, KeyError):
+        return _json({"error": "rows are a list of objects with id and created_at"}, 400)
+    demo.management.logs.plant(rows)
+    return web.Response(status=204)
+
+
+def _manners(raw: bytes, demo: Controlled) -> web.StreamResponse:
+    """`{"cost_delay_s": 1.5, "in_order": false}`."""
+    try:
+        wish = orjson.loads(raw)
+        delay_s = float(wish.get("cost_delay_s", demo.management.logs.cost_delay_s))
+        in_order = bool(wish.get("in_order", demo.management.logs.in_order))
+    except (orjson.JSONDecodeError, AttributeError, TypeError, ValueError):
+        return _json({"error": "cost_delay_s is a number, in_order true or false"}, 400)
+    demo.management.logs.cost_delay_s = delay_s
+    demo.management.logs.in_order = in_order
     return web.Response(status=204)
 
 

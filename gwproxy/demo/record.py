@@ -41,6 +41,9 @@ class Served:
     """The whole answer went out, [DONE] with it."""
     end: str = ""
     """complete, refused, client_left, stopped, or the name of the fault that ended it."""
+    cached: bool = False
+    """The gateway's own cache answered."""
+    began: float = field(default=0.0)
     t: float = field(default=0.0)
 
     def line(self) -> dict[str, Any]:

@@ -6,7 +6,6 @@ books, also when its client left.
 """
 
 import asyncio
-import hmac
 import ssl
 import time
 import uuid
@@ -23,6 +22,8 @@ from aiohttp.web_protocol import RequestHandler
 
 from . import control, play, providers, refusals
 from .faults import Faults, UnknownFault, parse_text, split_model
+from .management import PREFIX as MANAGEMENT
+from .management import Management
 from .play import Ask, Flavour, Over
 from .providers import Answer, Dialect
 from .record import Books, Served, metadata
@@ -70,6 +71,8 @@ class DemoUpstream:
         self.host = ""
         self.event_interval_ms = event_interval_ms
         self.scripts = Scripts()
+        self.management = Management(account, gateway, token, providers.slugs(), time.monotonic)
+        """The account's other side: gateways, provider keys, tokens and the log."""
         self._provider_keys = provider_keys
         self._books = Books(record_file)
         self._ssl = ssl_context
@@ -101,6 +104,10 @@ class DemoUpstream:
     def compat_url(self) -> str:
         return f"{self.url}/v1/{self.account}/{self.gateway}"
 
+    @property
+    def api_url(self) -> str:
+        return self.url + MANAGEMENT.rstrip("/")
+
     async def recorded(self, count: int, timeout_s: float = 5) -> list[dict[str, Any]]:
         """The record, as soon as it has so many lines: a line is written when an answer ends."""
         await self._books.until(self.record, count, timeout_s)
@@ -116,8 +123,10 @@ class DemoUpstream:
         return self.scripts.add(wish).id
 
     def clear(self) -> None:
-        """Forgets scripts, record, requests and how often a fault was used. The file stays."""
+        """Forgets scripts, record, requests, log, what was changed of the gateways, and how often
+        a fault was used. The file stays."""
         self.scripts.clear()
+        self.management.clear()
         self.record.clear()
         self.requests.clear()
         self._uses.clear()
@@ -173,27 +182,36 @@ class DemoUpstream:
             return Spoken(reusable=False)
         headers = [(n.decode("latin-1"), v.decode("latin-1")) for n, v in request.raw_headers]
         self._books.enter_request(request.method, request.raw_path, headers, body)
+        if request.path.startswith(MANAGEMENT):
+            return await self._manage(request, body)
+        gateway: str | None = None
         match request.path.strip("/").split("/"):
-            case ["v1", account, gateway, "compat", *what]:
-                flavour = Flavour.COMPAT
-                known = (account, gateway) == (self.account, self.gateway)
+            case ["v1", account, named, "compat", *what]:
+                flavour, known = Flavour.COMPAT, account == self.account
+                gateway = named
             case ["openai", "v1", *what] | ["v1", *what]:
                 flavour, known = Flavour.OPENAI, True
             case _:
                 return _plain(refusals.openai(404, "There is nothing here", None, None))
         match request.method, what:
             case hdrs.METH_GET, ["models"]:
-                return self._models(request, flavour, known)
+                return self._models(request, flavour, gateway if known else "")
             case hdrs.METH_POST, ["chat", "completions"]:
-                return await self._chat(request, flavour, known, body)
+                return await self._chat(request, flavour, gateway if known else "", body)
             case _, ["models"] | ["chat", "completions"]:
                 return _plain(refusals.openai(405, "Method not allowed", None, None))
         return _plain(refusals.openai(404, "There is nothing here", None, None))
 
+    async def _manage(self, request: web.BaseRequest, body: bytes) -> web.StreamResponse:
+        try:
+            return await self.management.serve(request, body)
+        except ConnectionResetError:
+            return Spoken(reusable=False)
+
     def _models(
-        self, request: web.BaseRequest, flavour: Flavour, known: bool
+        self, request: web.BaseRequest, flavour: Flavour, gateway: str | None
     ) -> web.StreamResponse:
-        refusal = self._stranger(request, flavour, known)
+        refusal = self._stranger(request, flavour, gateway)
         if refusal is not None:
             return _plain(refusal)
         data = [
@@ -204,19 +222,25 @@ class DemoUpstream:
         body = orjson.dumps({"object": "list", "data": data})
         return web.Response(body=body, content_type="application/json")
 
-    def _stranger(self, request: web.BaseRequest, flavour: Flavour, known: bool) -> Refusal | None:
-        """The refusal for whoever is not let in."""
-        if not known:
-            return refusals.gateway(2001)
-        right = hmac.compare_digest(_token(request.headers, flavour).encode(), self.token.encode())
-        if right:
+    def _stranger(
+        self, request: web.BaseRequest, flavour: Flavour, gateway: str | None
+    ) -> Refusal | None:
+        """The refusal for whoever is not let in. `gateway` is None where there is none."""
+        if self.management.may(_token(request.headers, flavour), "run") and gateway is None:
             return None
         if flavour is Flavour.COMPAT:
+            settings = self.management.gateways.get(gateway or "")
+            if settings is None:
+                return refusals.gateway(2001)
+            if not settings["authentication"]:
+                return None
+            if self.management.may(_token(request.headers, flavour), "run"):
+                return None
             return refusals.gateway(2009)
         return refusals.openai(401, "Incorrect API key provided", None, "invalid_api_key")
 
     async def _chat(
-        self, request: web.BaseRequest, flavour: Flavour, known: bool, body: bytes
+        self, request: web.BaseRequest, flavour: Flavour, gateway: str | None, body: bytes
     ) -> web.StreamResponse:
         number = next(self._numbers)
         about = metadata(request.headers.get("cf-aig-metadata"))
@@ -230,6 +254,7 @@ class DemoUpstream:
             org_id=_text(about.get("org_id")),
             key_id=_text(about.get("key_id")),
             log_id=str(uuid.uuid4()),
+            began=time.time(),
         )
         try:
             wire = Wire(request)
@@ -239,10 +264,11 @@ class DemoUpstream:
             return Spoken(reusable=False)
         self._wires.add(wire)
         carried = self._count_request(request)
+        refusal: Refusal | None = None
         try:
-            refusal = self._stranger(request, flavour, known)
+            refusal = self._stranger(request, flavour, gateway)
             if refusal is None:
-                await self._answer(request, flavour, body, wire, served, carried)
+                await self._answer(request, flavour, gateway, body, wire, served, carried)
             else:
                 await play.refuse(wire, served, refusal, _edge_headers(served))
         except Over as over:
@@ -256,7 +282,19 @@ class DemoUpstream:
         finally:
             self._wires.discard(wire)
             self._books.enter(served)
+            if refusal is None and gateway is not None and served.provider is not None:
+                self._log(request.headers, gateway, served, about)
         return Spoken(wire.reusable)
+
+    def _log(
+        self, headers: Mapping[str, str], gateway: str, served: Served, about: Mapping[str, Any]
+    ) -> None:
+        settings = self.management.gateways.get(gateway)
+        wanted = headers.get("cf-aig-collect-log")
+        if settings is None or wanted == "false" or (not settings["collect_logs"] and not wanted):
+            return
+        custom_cost = headers.get("cf-aig-custom-cost")
+        self.management.logs.enter(served, about, custom_cost, "compat/chat/completions")
 
     def _count_request(self, request: web.BaseRequest) -> int:
         """How many requests this connection has carried before."""
@@ -270,6 +308,7 @@ class DemoUpstream:
         self,
         request: web.BaseRequest,
         flavour: Flavour,
+        gateway: str | None,
         raw: bytes,
         wire: Wire,
         served: Served,
@@ -306,6 +345,9 @@ class DemoUpstream:
         if manners is None:
             await play.refuse(wire, served, refusals.gateway(2008 if rest else 2019), edge)
             return
+        if gateway is not None and not self._pays(request, gateway, manners.slug):
+            await play.refuse(wire, served, refusals.gateway(2021), edge)
+            return
         if "times" in faults:
             self._uses[name] = self._uses.get(name, 0) + 1
             if self._uses[name] > faults["times"]:
@@ -320,6 +362,7 @@ class DemoUpstream:
             model=served.model or "",
             carried=carried,
         )
+        served.cached = "cache-hit" in faults
         headers = self._headers(request, flavour, served, faults)
         await play.trouble_before_headers(ask, wire)
         wire.piece_bytes = faults.get("split", 0)
@@ -342,6 +385,13 @@ class DemoUpstream:
             await wire.write(_UNASKED)
         if "close-idle" in faults:
             wire.close()
+
+    def _pays(self, request: web.BaseRequest, gateway: str, slug: str) -> bool:
+        """Whether somebody's key is there for the provider: the caller's, or a stored one. A custom
+        provider needs none, and there is no credit to fall back on."""
+        if slug.startswith("custom-") or "authorization" in request.headers:
+            return True
+        return self.management.has_key(gateway, slug)
 
     def _refusal(self, ask: Ask) -> Refusal | None:
         """The error that a fault or the provider itself gives instead of an answer."""
