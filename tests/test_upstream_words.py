@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from gwproxy.core.errors import GatewayError
 from gwproxy.core.money import Picos
+from gwproxy.core.outcomes import Meaning
 from gwproxy.core.upstream_words import (
-    Meaning,
     Verdict,
     classify,
     classify_event,
@@ -320,6 +320,13 @@ def test_an_empty_account_of_the_operators_is_never_told_as_the_callers(
     assert "balance" not in text
 
 
+def test_an_empty_account_with_a_429_moves_on_to_the_next_provider() -> None:
+    for status, moves_on in ((429, True), (403, False), (400, False)):
+        verdict = read(status, openai("x", code="insufficient_quota"))
+        assert verdict.outcome.may_fall_back is moves_on
+        assert verdict.meaning is OPERATOR
+
+
 def test_a_key_that_google_refuses_with_a_400_is_the_operators() -> None:
     error = {
         "code": 400,
@@ -430,6 +437,12 @@ def test_retry_after_is_whole_seconds_or_nothing(value: str, expected: int | Non
         ({"message": "x", "code": True}, FAILURE),
         ({"message": "x", "code": "429"}, FAILURE),
         ({"message": "x"}, FAILURE),
+        ({"message": "x", "type": "server_error"}, FAILURE),
+        ({"message": "x", "type": "overloaded_error"}, FAILURE),
+        ({"message": "x", "type": "rate_limit_error"}, THROTTLED),
+        ({"message": "x", "code": "rate_limit_exceeded", "type": "requests"}, THROTTLED),
+        ({"message": "x", "type": "invalid_request_error", "code": None}, CALLER),
+        ({"message": "x", "code": "insufficient_quota"}, OPERATOR),
         ("x", FAILURE),
         (["x"], FAILURE),
     ],

@@ -4,7 +4,6 @@ Pure tables and the functions that read them. Cloudflare's words come from its p
 documentation and from what others observed; where an answer fits no table, its status decides.
 """
 
-import enum
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +14,17 @@ import orjson
 from gwproxy import __version__
 from gwproxy.core.errors import GatewayError, UpstreamFailed, UpstreamMisconfigured
 from gwproxy.core.money import Picos
+from gwproxy.core.outcomes import (
+    ERROR_WORDS,
+    GATEWAY_CODES,
+    NO_API,
+    NO_CREDITS,
+    NO_CREDITS_429,
+    REFUSED_KEY,
+    Meaning,
+    Outcome,
+    of_status,
+)
 
 USER_AGENT = f"gwproxy/{__version__}"
 """Our own name: Cloudflare's edge answers library defaults such as Python-urllib's with a 403."""
@@ -77,31 +87,11 @@ def passed_on(headers: Mapping[str, str]) -> dict[str, str]:
 # -- errors --------------------------------------------------------------------------------------
 
 
-_OVERLOADED = "provider_overloaded"
-
-
-class Meaning(enum.Enum):
-    """What an upstream's answer means for the chain of providers."""
-
-    SUCCESS = "success"
-    CALLER_ERROR = "caller_error"  # the request itself is wrong: told to the caller as it came
-    POLICY_BLOCK = "policy_block"  # content refused by the operator's rules: told, never retried
-    OPERATOR_FAULT = "operator_fault"  # token, prefix or credit: never blamed on the caller
-    THROTTLED = "throttled"  # another provider may answer; the breaker does not count it
-    UPSTREAM_FAILURE = "upstream_failure"  # another provider may answer; the breaker counts it
-
-    @property
-    def may_fall_back(self) -> bool:
-        return self in (Meaning.THROTTLED, Meaning.UPSTREAM_FAILURE)
-
-
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One upstream error, classified. `reason` is a label from a closed set, `hint` for the log."""
+    """One upstream error, classified."""
 
-    meaning: Meaning
-    error_type: str
-    reason: str
+    outcome: Outcome
     status: int
     body: bytes | None = None
     """An error body in OpenAI's shape that may be passed on as it came."""
@@ -109,80 +99,21 @@ class Verdict:
     type: str = "upstream_error"
     code: str | None = None
     hint: str = ""
+    """For the log: what the operator should look at."""
     retry_after_s: int | None = None
 
+    @property
+    def meaning(self) -> Meaning:
+        return self.outcome.meaning
 
-_M = Meaning
-_GATEWAY_CODES: dict[int, tuple[Meaning, str, str, str]] = {
-    # code: (meaning, error_type, public code, what the operator should do)
-    2001: (
-        _M.OPERATOR_FAULT,
-        "provider_auth",
-        "gateway_not_found",
-        "the gateway does not exist: check [upstream] account_id and gateway_id",
-    ),
-    2003: (_M.THROTTLED, "provider_rate_limited", "rate_limit_exceeded", ""),
-    2005: (_M.UPSTREAM_FAILURE, "provider_error", "upstream_error", ""),
-    2008: (
-        _M.OPERATOR_FAULT,
-        "provider_auth",
-        "invalid_provider",
-        "the gateway does not know this provider prefix: check [providers.*] prefix",
-    ),
-    2009: (
-        _M.OPERATOR_FAULT,
-        "provider_auth",
-        "bad_token",
-        "the gateway refused the token: check [upstream] token and its AI Gateway Run permission, "
-        "or the provider key stored at the gateway",
-    ),
-    2016: (_M.POLICY_BLOCK, "other", "content_blocked", ""),
-    2017: (_M.POLICY_BLOCK, "other", "content_blocked", ""),
-    2018: (_M.THROTTLED, "provider_rate_limited", "rate_limit_exceeded", ""),
-    2019: (
-        _M.OPERATOR_FAULT,
-        "provider_auth",
-        "bad_format",
-        "the gateway did not understand the model name: check [providers.*] prefix",
-    ),
-    2021: (
-        _M.OPERATOR_FAULT,
-        "provider_auth",
-        "no_credits",
-        "no credits at the gateway, or the model needs a stored provider key",
-    ),
-    2029: (_M.POLICY_BLOCK, "other", "content_blocked", ""),
-    2030: (_M.POLICY_BLOCK, "other", "content_blocked", ""),
-    2040: (
-        _M.OPERATOR_FAULT,
-        "provider_auth",
-        "unresolvable",
-        "the gateway could not resolve the stored key's alias or the model",
-    ),
-    2041: (_M.THROTTLED, "provider_rate_limited", "rate_limit_exceeded", "gateway spend limit"),
-    2044: (
-        _M.OPERATOR_FAULT,
-        "provider_auth",
-        "credentials_required",
-        "the gateway has no provider key stored for this provider",
-    ),
-    2045: (_M.THROTTLED, "provider_rate_limited", "rate_limit_exceeded", "gateway spend limit"),
-    7003: (_M.CALLER_ERROR, "caller_invalid", "model_not_found", ""),
-    7010: (_M.CALLER_ERROR, "caller_invalid", "model_not_found", ""),
-    7013: (_M.UPSTREAM_FAILURE, "provider_overloaded", "upstream_error", ""),
-    9106: (
-        _M.OPERATOR_FAULT,
-        "provider_auth",
-        "bad_token",
-        "the token is malformed: check [upstream] token",
-    ),
-    10000: (
-        _M.OPERATOR_FAULT,
-        "provider_auth",
-        "bad_token",
-        "the token was refused: check [upstream] token and its permissions",
-    ),
-}
+    @property
+    def error_type(self) -> str:
+        return self.outcome.error_type
+
+    @property
+    def reason(self) -> str:
+        return self.outcome.reason
+
 
 _POLICY_WORDS = {
     2016: "The prompt was blocked by the gateway's content policy.",
@@ -208,9 +139,9 @@ def classify(
         return _wordless_verdict(status, retry_after_s)
     code, words = _gateway_error(value)
     if code is not None:
-        row = _GATEWAY_CODES.get(code)
-        if row is not None:
-            return _gateway_verdict(code, row, status, retry_after_s)
+        outcome = GATEWAY_CODES.get(code)
+        if outcome is not None:
+            return _gateway_verdict(code, outcome, status, retry_after_s)
         # A code of the gateway's that we do not know: its status decides, and the log tells.
         verdict = _worded_verdict(status, {"message": words}, body, retry_after_s, secrets)
         return replace(verdict, hint=verdict.hint or f"the gateway answered with its code {code}")
@@ -227,10 +158,17 @@ def classify(
 
 def classify_event(error: Any) -> Verdict:
     """What an error event at the head of a stream means: nothing of the answer came before it."""
-    code = error.get("code") if isinstance(error, dict) else None
+    if not isinstance(error, dict):
+        return _status_verdict(502, None)
+    code, kind = error.get("code"), error.get("type")
     # Some servers put the HTTP status that they could no longer send into the code.
-    status = code if type(code) is int and 400 <= code < 600 else 502
-    return _status_verdict(status, None)
+    if type(code) is int and 400 <= code < 600:
+        return _status_verdict(code, None)
+    words = [word for word in (code, kind) if isinstance(word, str)]
+    if not _NO_CREDIT_CODES.isdisjoint(words):
+        return _outcome_verdict(NO_CREDITS_429, 429)
+    statuses = [ERROR_WORDS[word] for word in words if word in ERROR_WORDS]
+    return _status_verdict(statuses[0] if statuses else 502, None)
 
 
 def _gateway_error(value: dict[str, Any]) -> tuple[int | None, Any]:
@@ -246,35 +184,28 @@ def _gateway_error(value: dict[str, Any]) -> tuple[int | None, Any]:
 
 
 def _gateway_verdict(
-    code: int, row: tuple[Meaning, str, str, str], status: int, retry_after_s: int | None
+    code: int, outcome: Outcome, status: int, retry_after_s: int | None
 ) -> Verdict:
-    meaning, error_type, public_code, hint = row
-    if meaning is Meaning.POLICY_BLOCK:
+    if outcome.meaning is Meaning.POLICY_BLOCK:
         return Verdict(
-            meaning,
-            error_type,
-            "policy_block",
+            outcome,
             status if 400 <= status < 500 else 424,
             message=_POLICY_WORDS[code],
             type="invalid_request_error",
-            code=public_code,
+            code="content_blocked",
         )
-    if meaning is Meaning.CALLER_ERROR:
+    if outcome.meaning is Meaning.CALLER_ERROR:
         return Verdict(
-            meaning,
-            error_type,
-            "model_not_found",
+            outcome,
             404,
             message="The model does not exist or was retired.",
             type="invalid_request_error",
-            code=public_code,
+            code="model_not_found",
         )
     return Verdict(
-        meaning,
-        error_type,
-        public_code,
+        outcome,
         status,
-        hint=hint or f"the gateway answered with its code {code}",
+        hint=outcome.hint or f"the gateway answered with its code {code}",
         retry_after_s=retry_after_s,
     )
 
@@ -303,21 +234,9 @@ def _worded_verdict(
     # Anthropic says it with a 400, OpenAI with a 429. A caller who read it would take it for our
     # own refusal, or for a mistake in his request.
     if not {code, kind}.isdisjoint(_NO_CREDIT_CODES) or "credit balance is too low" in message:
-        return Verdict(
-            Meaning.OPERATOR_FAULT,
-            "provider_auth",
-            "no_credits",
-            status,
-            hint="the provider says that the operator's account has no credit left",
-        )
+        return _outcome_verdict(NO_CREDITS_429 if status == 429 else NO_CREDITS, status)
     if _refuses_key(error.get("details")):
-        return Verdict(
-            Meaning.OPERATOR_FAULT,
-            "provider_auth",
-            "bad_token",
-            status,
-            hint="the provider refused the operator's key: check the one stored for it",
-        )
+        return _outcome_verdict(REFUSED_KEY, status)
     verdict = _status_verdict(status, retry_after_s)
     if (
         verdict.meaning is not Meaning.CALLER_ERROR
@@ -345,13 +264,7 @@ def _refuses_key(details: Any) -> bool:
 def _wordless_verdict(status: int, retry_after_s: int | None) -> Verdict:
     """An answer that no chat API writes: a page, plain text, nothing."""
     if status in (404, 405):
-        return Verdict(
-            Meaning.OPERATOR_FAULT,
-            "provider_error",
-            "bad_upstream",
-            status,
-            hint=f"the upstream answered {status} and no error of a chat API: check its address",
-        )
+        return _outcome_verdict(NO_API, status)
     return _status_verdict(status, retry_after_s)
 
 
@@ -385,52 +298,21 @@ def _unescaped(match: re.Match[str]) -> str:
 
 def _status_verdict(status: int, retry_after_s: int | None) -> Verdict:
     """What the status alone says."""
-    if status in (401, 402, 403):
-        words = {401: "credentials", 402: "credit", 403: "permission"}[status]
+    outcome = of_status(status)
+    if outcome.meaning is Meaning.CALLER_ERROR:
         return Verdict(
-            Meaning.OPERATOR_FAULT,
-            "provider_auth",
-            f"status_{status}",
-            status,
-            hint=f"the upstream answered {status}: check the {words} of its account and keys",
-        )
-    if status in (409, 429):
-        return Verdict(
-            Meaning.THROTTLED,
-            "provider_rate_limited",
-            f"status_{status}",
-            status,
-            retry_after_s=retry_after_s,
-        )
-    if status == 408 or status >= 500:
-        error_type = {
-            408: "provider_timeout",
-            503: "provider_overloaded",
-            529: "provider_overloaded",
-        }
-        return Verdict(
-            Meaning.UPSTREAM_FAILURE,
-            error_type.get(status, "provider_error"),
-            f"status_{status}" if status in (408, 500, 502, 503, 504) else "status_5xx",
-            status,
-            retry_after_s=retry_after_s,
-        )
-    if 400 <= status < 500:
-        return Verdict(
-            Meaning.CALLER_ERROR,
-            "caller_invalid",
-            "caller_error",
+            outcome,
             status,
             message="The provider refused the request.",
             type="invalid_request_error",
         )
-    # 1xx and 3xx: a redirect would carry the token to wherever it points.
+    return _outcome_verdict(outcome, status, retry_after_s)
+
+
+def _outcome_verdict(outcome: Outcome, status: int, retry_after_s: int | None = None) -> Verdict:
+    hint = outcome.hint.replace("{status}", str(status))
     return Verdict(
-        Meaning.UPSTREAM_FAILURE,
-        "provider_error",
-        "bad_upstream",
-        502,
-        hint=f"the upstream answered {status}, which no chat API does: check its address",
+        outcome, status if status >= 400 else 502, hint=hint, retry_after_s=retry_after_s
     )
 
 

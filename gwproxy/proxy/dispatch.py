@@ -15,11 +15,11 @@ import orjson
 from gwproxy.core.chat import ChatRequest
 from gwproxy.core.errors import Draining, GatewayError
 from gwproxy.core.identity import Principal
+from gwproxy.core.outcomes import FAILURES, NO_COMPLETION, Meaning
 from gwproxy.core.trace import Attempt, Trace
 from gwproxy.core.upstream_words import (
     CHAT_PATHS,
     USER_AGENT,
-    Meaning,
     Verdict,
     classify,
     classify_event,
@@ -33,13 +33,7 @@ from gwproxy.proxy.reply import Patience, Reply
 from gwproxy.proxy.upstream import SHUTDOWN, TRUNCATED, Connection, Failure, Origin, Pool, Upstream
 from gwproxy.state.reservation import Planned, Priced, Reservation
 
-_NOT_A_CHAT_ANSWER = Verdict(
-    Meaning.UPSTREAM_FAILURE,
-    "provider_error",
-    "garbage",
-    502,
-    hint="the upstream answered 200 with something that is no chat completion: check its address",
-)
+_NOT_A_CHAT_ANSWER = Verdict(NO_COMPLETION, 502, hint=NO_COMPLETION.hint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +162,7 @@ class Sending:
             failed = result
             trace.attempts[-1].reason = failed.reason
             trace.attempts[-1].error_type = failed.error_type
-            if not failed.meaning.may_fall_back:
+            if not failed.outcome.may_fall_back:
                 break
         assert failed is not None, "a reservation has a candidate at least"
         raise self._give_up(failed, provider)
@@ -304,6 +298,5 @@ class Sending:
 
 
 def _failed(failure: Failure) -> Verdict:
-    return Verdict(
-        Meaning.UPSTREAM_FAILURE, failure.error_type, failure.reason, 502, hint=failure.hint
-    )
+    _, outcome = FAILURES[failure.reason]
+    return Verdict(outcome, 502, hint=failure.hint)
