@@ -24,6 +24,7 @@ from gwproxy.admin.auth import AdminAuth
 from gwproxy.admin.health import Health
 from gwproxy.admin.routes import Admin
 from gwproxy.admin.routes import routes as admin_routes
+from gwproxy.admin.usage import Usage
 from gwproxy.config import Config, Listen
 from gwproxy.core.errors import StorageUnavailable
 from gwproxy.core.identity import FailureMode
@@ -195,7 +196,9 @@ class App:
 
         admin = [
             Route(method, path, handler, "admin", guard=admins_only)
-            for method, path, handler in admin_routes(Admin(store.directory, auth))
+            for method, path, handler in admin_routes(
+                Admin(store.directory, auth), Usage(store).routes()
+            )
         ]
         scrape_guard = None
         if config.admin.listen is None and not config.metrics.open:

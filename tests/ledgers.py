@@ -365,7 +365,7 @@ async def catch_up(writer: Writer) -> int:
 
 TABLES = (
     *("meta", "entry", "balance", "closed", "hold", "request", "audit", "alert", "breaker"),
-    *("idempotency", "organization", "user", "api_key"),
+    *("idempotency", "organization", "user", "api_key", "usage", "attempted"),
 )
 
 

@@ -1,6 +1,6 @@
 """The admin plane's one table of routes. Every handler in it stands behind the admin key."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import wraps
 
 from aiohttp import web
@@ -23,8 +23,10 @@ class Admin:
         self.organizations = Organizations(directory)
 
 
-def routes(admin: Admin) -> list[tuple[str, str, Handler]]:
-    """(method, path with {parameters}, handler)."""
+def routes(
+    admin: Admin, more: Iterable[tuple[str, str, Handler]] = ()
+) -> list[tuple[str, str, Handler]]:
+    """(method, path with {parameters}, handler), with the lines of rooms that have their own."""
     users, keys, organizations = admin.users, admin.keys, admin.organizations
     table: list[tuple[str, str, Handler]] = [
         ("POST", "/admin/users", users.create_user),
@@ -36,6 +38,7 @@ def routes(admin: Admin) -> list[tuple[str, str, Handler]]:
         ("POST", "/admin/organizations", organizations.create_organization),
         ("GET", "/admin/organizations", organizations.list_organizations),
         ("GET", "/admin/organizations/{org_id}", organizations.show_organization),
+        *more,
     ]
     return [(method, path, _guarded(admin.auth, handler)) for method, path, handler in table]
 

@@ -40,6 +40,9 @@ CATCH_UP_S: Final = 10.0
 """On the way out the database gets so long to take what the journal has; the rest comes with the
 next start."""
 
+REPORT_WAITS_S: Final = 0.1
+"""Twice the writer's pause between two commits: when nothing is wrong, a report lacks nothing."""
+
 BACKUP_LOOK_S: Final = 60.0
 PAY_EVERY_S: Final = 1.0
 
@@ -246,6 +249,12 @@ class Store:
     async def find_request(self, request_id: str) -> Request | None:
         """A request that memory does not have any more."""
         return await reports.find_request(self.database, request_id)
+
+    async def catch_up(self, within_s: float = REPORT_WAITS_S) -> None:
+        """Wait, but not for long, until the database has what memory has at this moment."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self.writer.reached(self.ledger.state.lsn)
 
     async def store_key_use(self) -> None:
         """Keep when each key was last used: no record, since losing it costs nothing."""

@@ -26,6 +26,7 @@ from gwproxy.core.ledger import (
     Entry,
     Hold,
     Key,
+    Request,
     State,
     Touched,
     apply,
@@ -54,6 +55,7 @@ from gwproxy.storage.database import (
 )
 from gwproxy.storage.journal import Journal
 from gwproxy.storage.segments import Cursor, Gap
+from gwproxy.storage.usage import Sums
 
 T = TypeVar("T")
 
@@ -352,10 +354,18 @@ def write(connection: sqlite3.Connection, batch: Batch, state: State, mark: Mark
     first = batch.first
     _insert_charges(connection, list(map(_charge, batch.charges)))
 
-    requests = [_request_row(touched) for touched in batch.requests.values()]
+    requests, sums = [], Sums()
+    for touched in batch.requests.values():
+        reserve, request = touched.reserve, touched.request
+        assert reserve is not None and request is not None, "it is about a request"
+        month = reserve.holds[0].period
+        requests.append(_request_row(request, month))
+        sums.add(request, month)
     known = [row for row in requests if row[0] < first]
     _insert_requests(connection, [row for row in requests if row[0] >= first])
     _each(connection, _SETTLE_REQUEST, known)
+    assert_in_transaction(connection)
+    sums.write(connection)
 
     holds = state.holds
     opened = [_hold_row(r, holds[r]) for r in batch.reservations if r >= first and r in holds]
@@ -461,13 +471,11 @@ def _write_other(
         connection.execute(_PUT_KEY, (record.idempotency_key, lsn, t))
 
 
-def _request_row(touched: Touched) -> tuple[Any, ...]:
-    reserve, request = touched.reserve, touched.request
-    assert reserve is not None and request is not None, "it is about a request"
+def _request_row(request: Request, month: str) -> tuple[Any, ...]:
     return (
         request.lsn,
         request.t,
-        reserve.holds[0].period,
+        month,
         request.id,
         request.key_id,
         request.user_id,
@@ -619,6 +627,7 @@ class Writer:
         self._waiting_since: float | None = None
         """Since when there have been records and no commit."""
         self._woken = asyncio.Event()
+        self._awaited: list[tuple[int, asyncio.Future[None]]] = []
 
     # -- one batch ---------------------------------------------------------------------------------
 
@@ -706,6 +715,7 @@ class Writer:
         await self._database.commit(lambda c: write(c, batch, state, mark))
         place.cursor = cursor
         self.applied = cursor.lsn
+        self._tell()
         self._committed(batch.count < MOST_RECORDS and self._now() - started < BACK_WITHIN_S)
         await self._database.checkpoint()
         return batch.count
@@ -749,6 +759,19 @@ class Writer:
     def wake(self) -> None:
         """There is something to commit."""
         self._woken.set()
+
+    async def reached(self, lsn: int) -> None:
+        """Return when the tables have record `lsn`."""
+        if self.applied < lsn:
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._awaited.append((lsn, future))
+            await future
+
+    def _tell(self) -> None:
+        for lsn, future in self._awaited:
+            if lsn <= self.applied and not future.done():
+                future.set_result(None)
+        self._awaited = [each for each in self._awaited if not each[1].done()]
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Commit whatever comes; after `stopping`, what is there, if that still works."""

@@ -1,14 +1,16 @@
 """What is read from the database about requests: rows as values, and nothing decided."""
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
 
 from gwproxy.core.ledger import Request
 from gwproxy.core.records import Tried
-from gwproxy.storage.database import Database
+from gwproxy.storage.database import Database, Reader
+from gwproxy.storage.usage import SUMS
 
 _read_attempts: Final = msgspec.json.Decoder(tuple[Tried, ...]).decode
 _read_edits: Final = msgspec.json.Decoder(tuple[str, ...]).decode
@@ -20,6 +22,166 @@ async def find_request(database: Database, request_id: str) -> Request | None:
     async with database.reader() as reader:
         rows = await reader.read("SELECT * FROM request WHERE id = ?", (request_id,))
     return _request(dict(rows[0])) if rows else None
+
+
+# -- what was used -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Whose use is added up: the days from the first to the last one, both included, counted from
+    1970-01-01; of everybody and everything where nothing else is said."""
+
+    first_day: int
+    last_day: int
+    org_id: str | None = None
+    user_id: str | None = None
+    provider: str | None = None
+    model: str | None = None
+
+    @property
+    def grain(self) -> int:
+        """The coarsest sums that still tell what was chosen from the rest."""
+        return 2 if self.user_id is not None else 1 if self.org_id is not None else 0
+
+    def where(self, grain: int) -> tuple[str, list[Any]]:
+        conditions = [f"grain = {grain}", "day BETWEEN ? AND ?"]
+        values: list[Any] = [self.first_day, self.last_day]
+        for name in ("org_id", "user_id", "provider", "model"):
+            value = getattr(self, name)
+            if value is not None:
+                conditions.append(f"{name} = ?")
+                values.append(value)
+        return " AND ".join(conditions), values
+
+
+GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
+    "provider": ("provider",),
+    "model": ("provider", "model"),
+    "day": ("day",),
+    "org": ("org_id",),
+    "user": ("org_id", "user_id"),
+    "line": ("org_id", "user_id", "provider", "model"),
+}
+"""The columns that each grouping goes by. A model's name means something at its provider only."""
+
+_GRAINS: Final = {"org": 1, "user": 2, "line": 2}
+_SUMMED: Final = ", ".join(f"sum({name}) AS {name}" for name in SUMS)
+
+
+async def usage(
+    reader: Reader, chosen: Chosen, group_by: str, after: Sequence[Any], most: int
+) -> list[sqlite3.Row]:
+    """The sums of each group after the key `after`, in the order of their keys, `most` of them."""
+    columns = GROUPS[group_by]
+    names = ", ".join(columns)
+    where, values = chosen.where(max(chosen.grain, _GRAINS.get(group_by, 0)))
+    if after:
+        where += f" AND ({names}) > ({', '.join('?' * len(columns))})"
+    return await reader.read(
+        f"SELECT {names}, {_SUMMED} FROM usage WHERE {where}"
+        f" GROUP BY {names} ORDER BY {names} LIMIT ?",
+        (*values, *after, most),
+    )
+
+
+async def used(reader: Reader, chosen: Chosen) -> sqlite3.Row:
+    """The sums over all that was chosen: NULL where there is nothing."""
+    where, values = chosen.where(chosen.grain)
+    return (await reader.read(f"SELECT {_SUMMED} FROM usage WHERE {where}", values))[0]
+
+
+async def attempted(reader: Reader, chosen: Chosen) -> dict[str, tuple[int, int, int]]:
+    """(attempts, those that failed, milliseconds) by provider, over the days that were chosen."""
+    rows = await reader.read(
+        "SELECT provider, sum(attempts), sum(failed), sum(duration_ms) FROM attempted"
+        " WHERE day BETWEEN ? AND ? GROUP BY provider",
+        (chosen.first_day, chosen.last_day),
+    )
+    return {row[0]: (row[1], row[2], row[3]) for row in rows}
+
+
+# -- looking back at requests --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Sought:
+    """Which requests are looked for. Times are milliseconds since 1970; `until` is not included."""
+
+    since: int = 0
+    until: int = 1 << 62
+    org_id: str | None = None
+    user_id: str | None = None
+    key_id: str | None = None
+    provider: str | None = None
+    model: str | None = None
+    outcome: str | None = None
+
+    def where(self) -> tuple["_Where", "_Where"]:
+        """What an index finds, and what has to be looked at row by row."""
+        indexed, other = _Where(), _Where()
+        indexed.add("t >= ? AND t < ?", self.since, self.until)
+        for name in ("key_id", "user_id", "org_id"):
+            if (value := getattr(self, name)) is not None:
+                indexed.add(f"{name} = ?", value)
+        if self.outcome == "completed":
+            other.add("outcome = 'completed'")
+        elif self.outcome is not None:
+            indexed.add("outcome = ? AND outcome <> 'completed'", self.outcome)
+        if self.provider is not None:
+            other.add("provider = ?", self.provider)
+        if self.model is not None:
+            other.add("upstream_model = ?", self.model)
+        return indexed, other
+
+
+class _Where:
+    def __init__(self) -> None:
+        self.conditions: list[str] = []
+        self.values: list[Any] = []
+
+    def add(self, condition: str, *values: Any) -> None:
+        self.conditions.append(condition)
+        self.values += values
+
+
+_LOOKED_AT: Final = 20_000
+"""Rows that one page looks at: some milliseconds, also where a filter that no index serves finds
+nothing among them."""
+
+_NEWEST: Final = "ORDER BY t DESC, lsn DESC"
+
+
+async def requests(
+    reader: Reader, sought: Sought, before: int | None, most: int
+) -> tuple[list[Request], int | None]:
+    """The newest requests before the LSN `before`, newest first, and from where to go on: None at
+    the end. There may be fewer than `most` though there are more to come."""
+    where, other = sought.where()
+    if before is not None:
+        # Time goes the same way as the LSN, and is what the indexes are in the order of.
+        where.add(
+            "lsn < ? AND t <= (SELECT t FROM request WHERE lsn <= ? ORDER BY lsn DESC LIMIT 1)",
+            before,
+            before,
+        )
+    lowest: int | None = None
+    if other.conditions:
+        last = await reader.read(
+            f"SELECT lsn FROM request WHERE {' AND '.join(where.conditions)} {_NEWEST}"
+            " LIMIT 1 OFFSET ?",
+            (*where.values, _LOOKED_AT - 1),
+        )
+        where.add(" AND ".join(other.conditions), *other.values)
+        if last:
+            lowest = last[0][0]
+            where.add("lsn >= ?", lowest)
+    rows = await reader.read(
+        f"SELECT * FROM request WHERE {' AND '.join(where.conditions)} {_NEWEST} LIMIT ?",
+        (*where.values, most + 1),
+    )
+    found = [_request(dict(row)) for row in rows[:most]]
+    return found, found[-1].lsn if len(rows) > most else lowest
 
 
 def _request(row: dict[str, Any]) -> Request:

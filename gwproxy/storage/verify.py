@@ -37,7 +37,7 @@ async def verify(database: Database) -> list[Finding]:
 
 def findings(connection: sqlite3.Connection) -> Iterator[Finding]:
     yield from unbalanced(connection)
-    for sql in (_REQUESTS, _COUNTS, _HOLDS_WITHOUT, _REQUESTS_WITHOUT, _HELD, _IMPOSSIBLE, _FUTURE):
+    for sql in _CHECKS:
         yield from (Finding(*row) for row in connection.execute(sql))
 
 
@@ -145,9 +145,45 @@ _IMPOSSIBLE: Final = """
     SELECT 'fewer requests than none', account || ' ' || period, count
     FROM balance WHERE count < 0"""
 
+_USED: Final = """
+    SELECT grain, iif(grain > 0, org_id, ''), iif(grain > 1, user_id, ''), day, provider, model,
+        count(*), sum(succeeded), sum(failed), sum(cost), sum(overrun), sum(input_tokens),
+        sum(cache_read_tokens), sum(cache_write_tokens), sum(output_tokens), sum(reasoning_tokens),
+        sum(duration_ms)
+    FROM settled, (SELECT 0 AS grain UNION ALL SELECT 1 UNION ALL SELECT 2)
+    GROUP BY 1, 2, 3, 4, 5, 6"""
+
+_ATTEMPTED: Final = """
+    SELECT day, each.value ->> 0 AS provider, count(*), sum(each.value ->> 3 <> ''),
+        sum(each.value ->> 5)
+    FROM settled, json_each(settled.attempts) AS each GROUP BY 1, 2"""
+
+
+def _sums(what: str, table: str, right: str, where: str) -> str:
+    return f"""
+        SELECT DISTINCT '{what}', {where}, NULL FROM (
+            SELECT * FROM (SELECT * FROM {table} EXCEPT {right})
+            UNION ALL SELECT * FROM ({right} EXCEPT SELECT * FROM {table}))"""
+
+
+_USAGE: Final = _sums(
+    "used, and the sum of the requests",
+    "usage",
+    _USED,
+    "trim(org_id || ' ' || user_id) || ' ' || day || ' ' || provider || ' ' || model",
+)
+_ATTEMPTS: Final = _sums(
+    "attempts, and those of the requests", "attempted", _ATTEMPTED, "day || ' ' || provider"
+)
+
 _FUTURE: Final = """
     SELECT 'a row from after the mark', max(lsn), NULL FROM (
         SELECT max(lsn) AS lsn FROM entry UNION ALL
         SELECT max(lsn) FROM request UNION ALL
         SELECT max(lsn) FROM audit
     ) HAVING max(lsn) > (SELECT applied_lsn FROM meta)"""
+
+_CHECKS: Final = (
+    *(_REQUESTS, _COUNTS, _HOLDS_WITHOUT, _REQUESTS_WITHOUT, _HELD, _USAGE, _ATTEMPTS),
+    *(_IMPOSSIBLE, _FUTURE),
+)
