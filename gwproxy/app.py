@@ -133,6 +133,7 @@ class App:
         self._cleanups.append(self._store_key_use)
         keyring, ledger = store.keyring, store.ledger
         metrics.refresh.append(functools.partial(_show_ledger, metrics, store))
+        store.writer.committed = metrics.ledger_commit.observe
 
         upstream = self._open_upstream(metrics)
         self._upstream = upstream

@@ -299,6 +299,8 @@ def test_of_a_model_that_reasons_out_of_sight_the_hold_is_recovered(through: str
         book.attempt(r, "b", holds(100, ("b", 100)), hidden=True)
     book.apply(Mark(**book.stamp(), r=r, tokens=10, cost=50))
     assert book.state.holds[r].recovered_cost() == 100
+    book.apply(Mark(**book.stamp(), r=r, tokens=30, cost=150))
+    assert book.state.holds[r].recovered_cost() == 150
 
 
 def test_a_request_is_seen_when_it_is_admitted_and_when_it_ends() -> None:

@@ -765,6 +765,35 @@ def test_what_is_said_beyond_a_declared_maximum_is_an_overrun(office: Office) ->
     assert settlement(office).overrun == settlement(office).cost - held > 0
 
 
+def test_near_the_end_of_a_declared_maximum_no_more_is_marked_than_is_held(office: Office) -> None:
+    reservation = office.reserve(max_tokens=2_000)
+    held = office.held
+    meter = answered(reservation)
+    for words in range(1, 2_001):
+        relays(reservation, 1)
+        relayed_is_covered(office, reservation, words)
+    assert meter.bound() > 2_000, "text that is not counted yet is what this is about"
+    hold = office.ledger.state.holds[reservation.lsn]
+    assert hold.recovered_cost() <= held
+    assert len(marks(office)) <= 9
+    ends(reservation)
+
+
+def test_what_a_thinker_shows_beyond_its_maximum_is_recovered_too(office: Office) -> None:
+    reservation = office.reserve("e/thinker", max_tokens=100)
+    held = office.held
+    answered(reservation)
+    for _ in range(90):
+        relays(reservation, 1)
+    assert marks(office) == []
+    for words in range(91, 1_000):
+        relays(reservation, 1)
+        hold = office.ledger.state.holds[reservation.lsn]
+        assert hold.recovered_cost() >= max(held, PROMPT * INPUT + words * OUTPUT)
+    ends(reservation)
+    office.assert_in_order()
+
+
 def test_a_model_that_reasons_out_of_sight_is_never_asked(office: Office) -> None:
     office.teach(100, "thinker")
     reservation = office.reserve("e/thinker")

@@ -78,9 +78,10 @@ class Hold:
 
     def recovered_cost(self) -> int:
         """What is charged when nobody is left to tell what was used: never less than that."""
-        if self.mark is None or self.hidden:
+        if self.mark is None:
             return self.amount
-        return self.mark
+        # Of what is out of sight a mark says nothing, unless what is seen is beyond the hold.
+        return max(self.amount, self.mark) if self.hidden else self.mark
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):

@@ -213,8 +213,7 @@ class Reservation:
         self.plan = planned.plan
         self._stage = _Stage.NOT_SENT
         self._fits = _NEVER
-        # What is out of sight has no watermark: recovery charges all that is held.
-        self.mark = _NEVER if planned.priced.ask.hidden else 0
+        self.mark = 0
         meter = self.meter = Meter(self._desk.count)
         return meter
 
@@ -286,9 +285,14 @@ class Reservation:
         wanted = bound + step(self.plan.output)
 
         within = _units(rate.affordable_output(ask.prompt, self._kept(hold, account)), factor)
-        if bound < within:
+        # Where a maximum was sent, what is held is enough. Near its end only the exact count can
+        # tell: the bound is above it by some hundred tokens.
+        if bound < within or (not self.plan.grows and self.meter.counted() <= within):
             self.scarce = self.plan.grows and within <= wanted
-            self._set_mark(hold, account, min(wanted, within))
+            if ask.hidden:
+                self.mark = within  # recovery charges all that is held: no record says more
+            elif self.mark < within:
+                self._set_mark(hold, account, min(wanted, within))
             return
         if not self.plan.grows:
             # A declared or sent maximum, and the upstream goes beyond it: an overrun, and counted.

@@ -287,7 +287,9 @@ class Store:
     def _database_changed(self, state: Storage, cause: str) -> None:
         lost = state is Storage.LOST
         level, event = ("error", "database lost") if lost else ("info", "database recovered")
-        self._log.event(level, event, cause=cause or None)
+        failure = self.writer.failure if lost else None
+        exception = type(failure.__cause__ or failure).__name__ if failure else None
+        self._log.event(level, event, cause=cause or None, exception=exception)
 
     # -- closing -----------------------------------------------------------------------------
 

@@ -610,7 +610,9 @@ class Writer:
         journal can go on from the backup's mark."""
         self.state = Storage.OK
         self.failure: BaseException | None = None
-        """What ended the last batch that failed, for the log."""
+        """What ended the last batch, if it failed, for the log."""
+        self.committed: Callable[[float], None] = _nobody
+        """Told how long each commit took, in seconds."""
         self.applied = 0
         """The last record in the tables, by a commit that is on the disk; 0: not known yet."""
         self._database = database
@@ -712,7 +714,9 @@ class Writer:
             await self._synced(cursor.lsn)
         ledger_id, epoch = self._journal.ledger_id, self._journal.epoch
         mark = Mark(ledger_id, epoch, cursor.lsn, cursor.chain, state.t)
+        committing = self._now()
         await self._database.commit(lambda c: write(c, batch, state, mark))
+        self.committed(self._now() - committing)
         place.cursor = cursor
         self.applied = cursor.lsn
         self._tell()
@@ -722,6 +726,7 @@ class Writer:
 
     def _committed(self, in_time: bool) -> None:
         self._failures, self._fault, self._waiting_since = 0, None, None
+        self.failure = None
         if in_time:
             self._change(Storage.OK, "")
 
@@ -805,3 +810,7 @@ class Writer:
                     await asyncio.wait_for(stopping.wait(), pause_s)
         finally:
             timer.cancel()
+
+
+def _nobody(seconds: float) -> None:
+    """Nobody counts them."""

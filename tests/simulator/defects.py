@@ -298,7 +298,8 @@ def _(stack: ExitStack) -> None:
 
     def marked(self: Reservation, planned: Planned) -> Any:
         meter = attempt(self, planned)
-        self.mark = 0
+        seen = msgspec.structs.replace(planned.priced.ask, hidden=False)
+        self._priced = msgspec.structs.replace(planned.priced, ask=seen)
         return meter
 
     _instead(stack, Reservation, "attempt", marked)

@@ -41,7 +41,9 @@ class Open:
     def if_orphaned(self) -> int:
         """What is to be charged when nobody is left to tell."""
         amount = int(self.holds[0][2])
-        return amount if self.mark is None or self.hidden else self.mark
+        if self.mark is None:
+            return amount
+        return max(amount, self.mark) if self.hidden else self.mark
 
 
 @dataclass
