@@ -22,7 +22,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar, cast, get_type_hints
 from urllib.parse import urlsplit
 
 from gwproxy.core.money import Nanos, parse_rate, parse_usd
-from gwproxy.core.upstream_words import COMPAT_ROOT
+from gwproxy.core.upstream_words import COMPAT_ROOT, MANAGEMENT_ROOT
 
 T = TypeVar("T")
 
@@ -298,6 +298,14 @@ def _token(raw: _Raw) -> Secret:
     return Secret(value)
 
 
+def _optional_token(raw: _Raw) -> Secret | None:
+    """None where its variable is not set: what a person's commands use, a server does without."""
+    try:
+        return _token(raw)
+    except _Unset:
+        return None
+
+
 def _admin_key(raw: _Raw) -> Secret | None:
     try:
         key = _token(raw)
@@ -483,6 +491,8 @@ class Upstream:
     idle_connection_s: Annotated[float, _seconds("0", 3600)] = 55.0
     ca_file: Annotated[Path | None, _existing_file] = None
     rpm_ceiling: Annotated[int | None, _whole(1, 100_000_000)] = None
+    api_url: Annotated[str, _base_url] = MANAGEMENT_ROOT
+    api_token: Annotated[Secret | None, _optional_token] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

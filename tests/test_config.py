@@ -790,6 +790,8 @@ SAMPLES: dict[tuple[str, str], tuple[str, str]] = {
     ("upstream", "token"): ('"tok"', "tok"),
     ("upstream", "base_url"): ('"https://x/"', "https://x/"),
     ("upstream", "ca_file"): ('"config.toml"', "config.toml"),
+    ("upstream", "api_url"): ('"https://x/"', "https://x/"),
+    ("upstream", "api_token"): ('"tok3"', "tok3"),
     ("providers.*", "prefix"): ('"workers-ai"', "workers-ai"),
     ("providers.*", "model"): ('"@cf/a/b"', "@cf/a/b"),
     ("providers.*", "daily_usd"): ("0.1", "0.1"),

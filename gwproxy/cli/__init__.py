@@ -18,6 +18,7 @@ FAMILIES: Final[Mapping[str, str]] = {
     "keys": "directory",
     "prices": "prices",
     "ledger": "ledger",
+    "doctor": "doctor",
 }
 """Each command and the module of this package that has it, in the order of the help text."""
 

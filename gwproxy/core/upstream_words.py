@@ -31,6 +31,8 @@ USER_AGENT = f"gwproxy/{__version__}"
 
 COMPAT_ROOT = "https://gateway.ai.cloudflare.com/v1/{account}/{gateway}"
 
+MANAGEMENT_ROOT = "https://api.cloudflare.com/client/v4"
+
 CHAT_PATHS = {
     "cloudflare-compat": "/compat/chat/completions",
     "openai": "/chat/completions",

@@ -181,7 +181,7 @@ class Management:
     ) -> web.StreamResponse:
         token = self._known_token(request)
         match parts:
-            case ["user", "tokens", "verify"]:
+            case ["user" | "accounts", *_, "tokens", "verify"]:
                 return _result({"id": "demo-token-id", "status": "active"})
             case ["accounts", account, "ai-gateway", "gateways", *rest] if account == self.account:
                 permission = "read" if request.method == hdrs.METH_GET else "edit"
