@@ -52,7 +52,7 @@ RESULTS = Path(__file__).resolve().parent / "LEDGER.md"
 TICK_S = 0.001
 LIMIT = Nanos(10**15)
 ANSWER = {"usage": {"prompt_tokens": 12, "completion_tokens": 40, "total_tokens": 52}}
-CANDIDATE = Candidate(Provider("mock", "mock", "mock"), "echo", "mock/echo")
+CANDIDATE = Candidate(Provider("mock", "mock", "mock"), "echo", "mock/echo", "echo")
 
 
 class Counted:

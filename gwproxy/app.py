@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -26,19 +26,22 @@ from gwproxy.admin.routes import Admin
 from gwproxy.admin.routes import routes as admin_routes
 from gwproxy.admin.usage import Usage
 from gwproxy.config import Config, Listen
+from gwproxy.core.api import Api
+from gwproxy.core.chat import ChatRequest
+from gwproxy.core.embeddings import EmbeddingsRequest
 from gwproxy.core.errors import StorageUnavailable
 from gwproxy.core.identity import FailureMode
 from gwproxy.core.learned import Factors, OutputLengths
 from gwproxy.core.money import NANOS_PER_USD
 from gwproxy.core.pricing import PriceBook
-from gwproxy.core.routing import CATALOGUE, Link, Provider, Routes, max_tokens_field
+from gwproxy.core.routing import CATALOGUE, OPENAI, Link, Provider, Routes, max_tokens_field
 from gwproxy.core.tokens import ByteEstimate, Counter, choose_counter
 from gwproxy.listener import Listener, request_ids
 from gwproxy.log import Log, capture_libraries
 from gwproxy.metrics import Metrics
 from gwproxy.proxy.account import AccountHandler
 from gwproxy.proxy.dispatch import Dispatch, Endpoint
-from gwproxy.proxy.handler import ChatHandler
+from gwproxy.proxy.handler import ModelHandler, Parse
 from gwproxy.proxy.intake import Intake
 from gwproxy.proxy.models import ModelsHandler
 from gwproxy.proxy.reply import Patience
@@ -55,6 +58,12 @@ BACKLOG: Final = 4096
 
 PASSTHROUGH: Final = "upstream"
 """The provider's name where an OpenAI-compatible server takes model names as they come."""
+
+PARSERS: Final[Mapping[Api, Parse]] = {
+    Api.CHAT: lambda raw, allowed, headers: ChatRequest.parse(raw, allowed),
+    Api.EMBEDDINGS: lambda raw, allowed, headers: EmbeddingsRequest.parse(raw, allowed),
+}
+"""Each API that is served; but for the chat's, its route is /v1/ and its name."""
 
 GIL_SWITCH_S: Final = 0.0005
 """With Python's default of 5 ms one busy thread (the log, SQLite) holds up every stream so long."""
@@ -159,15 +168,21 @@ class App:
             max_body_bytes=config.limits.max_body_bytes,
             body_timeout_s=config.limits.body_timeout_s,
         )
-        chat = ChatHandler(
-            keyring=keyring,
-            intake=intake,
-            routes=routes,
-            books=books,
-            dispatch=dispatch,
-            metrics=metrics,
-            clock=time.time,
-        )
+        calls = {
+            api: ModelHandler(
+                api,
+                parse,
+                keyring=keyring,
+                intake=intake,
+                routes=routes,
+                books=books,
+                dispatch=dispatch,
+                metrics=metrics,
+                clock=time.time,
+            )
+            for api, parse in PARSERS.items()
+        }
+        chat = calls[Api.CHAT]
         account = AccountHandler(
             keyring, accounts, ledger, find=store.find_request, clock=time.time
         )
@@ -176,6 +191,11 @@ class App:
         health = Health(metrics, lambda: self.draining)
         public = [
             Route("POST", "/v1/chat/completions", chat.handle, "chat", traced=True),
+            *(
+                Route("POST", f"/v1/{api}", handler.handle, api, traced=True, api=api)
+                for api, handler in calls.items()
+                if api is not Api.CHAT
+            ),
             Route("GET", "/v1/usage", account.usage, "usage", traced=True),
             Route("GET", "/v1/receipts/{request_id}", account.receipt, "usage", traced=True),
             Route("GET", "/v1/models", models.list, "models", traced=True),
@@ -402,6 +422,7 @@ def build_routes(config: Config, prices: PriceBook) -> Routes:
             slug,
             model=table.model,
             max_tokens_field=table.max_tokens_field or max_tokens_field(slug),
+            flavour=table.flavour,
         )
     aliases = {
         name: tuple(Link(entry.provider, entry.model, entry.weight) for entry in model.chain)
@@ -411,8 +432,9 @@ def build_routes(config: Config, prices: PriceBook) -> Routes:
     return Routes(
         providers,
         aliases,
-        passthrough=Provider(PASSTHROUGH, "", "openai") if as_openai else None,
+        passthrough=Provider(PASSTHROUGH, "", "openai", flavour=OPENAI) if as_openai else None,
         serves_catalogue=not as_openai,
+        flavour=config.upstream.flavour,
         catalogue={
             provider.prices: frozenset(prices.models(provider.prices))
             for provider in providers.values()

@@ -15,6 +15,7 @@ from urllib.parse import unquote
 import orjson
 from aiohttp import web
 
+from gwproxy.core.api import Api, envelope
 from gwproxy.core.errors import (
     BadRequest,
     Draining,
@@ -45,6 +46,8 @@ class Route:
     handler: Handler
     name: str
     traced: bool = False
+    api: Api = Api.CHAT
+    """Whose shape its errors have."""
     guard: Callable[[web.BaseRequest], None] | None = None
     """Asked before the handler, and before anybody learns whether the method was right."""
 
@@ -83,15 +86,14 @@ class Router:
                 raise NotFound("There is no such route. The API lives under /v1.")
         route = methods.get(method)
         if route is None:
-            guard = next(iter(methods.values())).guard
-            raise _WrongMethod(", ".join(sorted(methods)), guard)
+            raise _WrongMethod(", ".join(sorted(methods)), next(iter(methods.values())))
         return route, parameters
 
 
 class _WrongMethod(MethodNotAllowed):
-    def __init__(self, allowed: str, guard: Callable[[web.BaseRequest], None] | None) -> None:
+    def __init__(self, allowed: str, route: Route) -> None:
         super().__init__(f"This route answers to {allowed} only.", headers={"Allow": allowed})
-        self.guard = guard
+        self.guard, self.api = route.guard, route.api
 
 
 def _compile(path: str) -> re.Pattern[str]:
@@ -134,11 +136,12 @@ class Front:
         """`fault`: what the listener found wrong with the request, if anything."""
         trace = Trace(self._request_ids(), self._clock())
         self._open_requests += 1
+        api = Api.CHAT
         try:
             if fault is not None:
                 raise fault
             route, parameters = self.router.find(request.method, request.raw_path)
-            trace.route = route.name
+            trace.route, api = route.name, route.api
             if route.guard is not None:
                 route.guard(request)
             if route.traced:
@@ -157,13 +160,13 @@ class Front:
                 if error.guard is not None:
                     error.guard(request)
             except GatewayError as refused:
-                return self._refuse(request, trace, refused)
-            return self._refuse(request, trace, error)
+                return self._refuse(request, trace, refused, error.api)
+            return self._refuse(request, trace, error, error.api)
         except GatewayError as error:
-            return self._refuse(request, trace, error)
+            return self._refuse(request, trace, error, api)
         except web.RequestPayloadError:
             broken = BadRequest("The body's framing is broken.", close=True)
-            return self._refuse(request, trace, broken)
+            return self._refuse(request, trace, broken, api)
         except (ConnectionError, asyncio.CancelledError):
             if trace.outcome == "completed":
                 trace.status = 200  # the client left with all that there was
@@ -173,7 +176,7 @@ class Front:
             raise
         except Exception as error:
             # The border of the request's task: whatever it is, this request ends with it.
-            return self._refuse(request, trace, self._internal(trace, error))
+            return self._refuse(request, trace, self._internal(trace, error), api)
         finally:
             self._open_requests -= 1
             if self._draining and not self._open_requests:
@@ -191,7 +194,7 @@ class Front:
         await self._idle.wait()
 
     def _refuse(
-        self, request: web.BaseRequest, trace: Trace, error: GatewayError
+        self, request: web.BaseRequest, trace: Trace, error: GatewayError, api: Api
     ) -> web.StreamResponse:
         trace.status, trace.error_type, trace.error_code = (
             error.status,
@@ -206,7 +209,8 @@ class Front:
             if request.transport is not None:
                 request.transport.abort()
             raise ConnectionResetError("the response had begun")
-        return error_response(error, trace.request_id, unread=not request.content.is_eof())
+        unread = not request.content.is_eof()
+        return error_response(error, trace.request_id, api, unread=unread)
 
     def count_turned_away(self) -> None:
         """A connection too many. No log line: they come by the thousand."""
@@ -237,8 +241,8 @@ _QUIET: Final = frozenset({"health", "metrics"})
 """Asked every few seconds by machines: their successes are counted, not logged."""
 
 
-def error_response(error: GatewayError, request_id: str, *, unread: bool) -> web.Response:
-    """An error in OpenAI's shape. `unread`: the request's body was not read to its end."""
+def error_response(error: GatewayError, request_id: str, api: Api, *, unread: bool) -> web.Response:
+    """An error in the shape of its API. `unread`: the request's body was not read to its end."""
     headers = {
         "Server": SERVER,
         "Content-Type": "application/json",
@@ -248,7 +252,11 @@ def error_response(error: GatewayError, request_id: str, *, unread: bool) -> web
     }
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
-    body = error.body if error.body is not None else orjson.dumps(error.envelope())
+    if api is Api.MESSAGES:
+        headers["request-id"] = request_id  # where Anthropic's SDKs look for it
+    body = error.body
+    if body is None or api is Api.MESSAGES:
+        body = orjson.dumps(envelope(error, api, request_id))
     response = web.Response(status=error.status, body=body, headers=headers)
     if error.close or unread:
         # What follows on this connection could be the rest of a body, and must not be parsed.

@@ -179,7 +179,7 @@ def fold(records: list[AnyRecord]) -> State:
 
 def candidate(name: str, *, field: str = "max_tokens") -> Candidate:
     provider, _, model = name.partition("/")
-    return Candidate(Provider(provider, "", provider, max_tokens_field=field), model, model)
+    return Candidate(Provider(provider, "", provider, max_tokens_field=field), model, model, model)
 
 
 class Office:

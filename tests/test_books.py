@@ -22,7 +22,6 @@ from gwproxy.core.errors import (
     RateLimited,
     StorageUnavailable,
 )
-from gwproxy.core.estimate import prompt_bound
 from gwproxy.core.identity import ApiKey, FailureMode, UnboundedPolicy, User
 from gwproxy.core.ledger import State
 from gwproxy.core.period import end_ms
@@ -141,7 +140,7 @@ def test_a_prompt_is_counted_where_its_bytes_would_weigh(office: Office) -> None
     quote = office.quote()
     bound = quote.priced[0].ask.prompt
     assert quote.counted is None
-    assert bound >= prompt_bound(quote.chat.body, quote.chat.size_bytes)
+    assert bound >= quote.request.prompt_bound()
     office.change_user(monthly_limit=100 * bound * INPUT)
     assert office.quote().counted is None
     office.change_user(monthly_limit=100 * bound * INPUT - 1)

@@ -421,7 +421,9 @@ def test_an_odd_answer_is_still_a_stream(whole: dict[str, Any]) -> None:
 
 def test_a_candidate_sent_as_it_came_keeps_its_whole_name() -> None:
     chat = ChatRequest.parse(body(model="mock/echo"))
-    verbatim = Candidate(Provider("upstream", "", "mock"), "mock/echo", "mock/echo", verbatim=True)
+    verbatim = Candidate(
+        Provider("upstream", "", "mock"), "mock/echo", "mock/echo", "mock/echo", verbatim=True
+    )
     assert json.loads(chat.body_for(verbatim))["model"] == "mock/echo"
 
 

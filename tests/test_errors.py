@@ -7,6 +7,7 @@ import pytest
 from openai.types.shared import ErrorObject
 
 from gwproxy.core import errors
+from gwproxy.core.api import Api
 from gwproxy.core.errors import GatewayError
 from gwproxy.metrics import ERROR_TYPES
 from gwproxy.web import error_response
@@ -103,7 +104,7 @@ def test_what_differs_is_told_where_it_is_raised_and_stays_with_that_error() -> 
     ],
 )
 def test_an_error_as_a_response(error: GatewayError, unread: bool, headers: dict[str, Any]) -> None:
-    response = error_response(error, "req_1", unread=unread)
+    response = error_response(error, "req_1", Api.CHAT, unread=unread)
     assert response.status == error.status
     assert isinstance(response.body, bytes)
     assert orjson.loads(response.body) == error.envelope()
@@ -117,5 +118,7 @@ def test_an_error_as_a_response(error: GatewayError, unread: bool, headers: dict
 
 def test_an_upstreams_own_body_is_sent_as_it_came() -> None:
     raw = b'{ "error": {"message":"m", "type":"t","param":null,"code":null} }'
-    response = error_response(GatewayError("m", status=400, body=raw), "req_1", unread=False)
+    response = error_response(
+        GatewayError("m", status=400, body=raw), "req_1", Api.CHAT, unread=False
+    )
     assert response.body == raw

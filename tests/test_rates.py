@@ -10,6 +10,7 @@ from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gwproxy.core.api import Api
 from gwproxy.core.errors import RateLimited
 from gwproxy.core.limits import SHARED_S, WINDOW_S, Limit
 from gwproxy.state.rates import LOOKS, PARALLEL_WAIT_S, Admission, Rates
@@ -272,7 +273,7 @@ async def test_openais_sdk_sees_a_rate_limit_error(aiohttp_server: Any, rates: R
         try:
             rates.admit((KEY,), 1)
         except RateLimited as error:
-            return error_response(error, "req_1", unread=False)
+            return error_response(error, "req_1", Api.CHAT, unread=False)
         return web.json_response({"object": "list", "data": []})
 
     app = web.Application()

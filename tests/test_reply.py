@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from gwproxy.proxy.reply import ANSWER_BYTES, Reply
+from gwproxy.core.chat import ChatRequest
+from gwproxy.proxy.reply import Reply
 from tests.conftest import Front, StartGateway
 from tests.harness import (
     ANSWER,
@@ -231,7 +232,7 @@ async def test_an_answer_without_end_is_cut_off(front: Front, upstream: Upstream
     line = await front.gateway.request_line()
     assert line["attempts"][0]["reason"] == "too_large"
     await assert_nothing_left(front, upstream)
-    assert sent < 2 * ANSWER_BYTES
+    assert sent < 2 * ChatRequest.answer_bytes
 
 
 # -- clients that walk away ----------------------------------------------------------------------

@@ -254,7 +254,7 @@ async def test_a_prompt_too_large_to_count_is_estimated_by_its_bytes(office: Off
     async with office.reserve(messages=[{"role": "user", "content": content}]) as reservation:
         attempt(reservation)
         reservation.outcome = Outcome.UNKNOWN
-    assert settlement(office).tokens[0] == (reservation.quote.chat.size_bytes + 3) // 4
+    assert settlement(office).tokens[0] == (reservation.quote.request.size_bytes + 3) // 4
 
 
 async def test_a_price_of_zero_is_settled_like_any_other(office: Office) -> None:

@@ -4,6 +4,7 @@ Pure: no loop is awaited here, but a long count stops often enough for its calle
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -18,23 +19,37 @@ IMAGE_TOKENS = 4_800
 _MESSAGE_TOKENS = 3
 _NAME_TOKENS = 1
 _REPLY_TOKENS = 3
-_SCHEMA_TOKENS = 16
-"""For the words that a provider wraps around tools and a response format."""
 
-_SCHEMAS = ("tools", "functions", "response_format")
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Where the prompt is in one API's body."""
+
+    turns: str
+    """The field with the messages, or whatever they are called."""
+    schemas: tuple[str, ...]
+    """Fields that are read as JSON by the model."""
+    parameters: frozenset[str]
+    """Fields that no model reads as text. Any other might be rendered into the prompt."""
+    schema_tokens: int = 16
+    """For the words that a provider wraps around tools and a response format."""
+
 
 # fmt: off
-_PARAMETERS = frozenset({
-    "model", "messages", *_SCHEMAS, "stream", "stream_options", "max_tokens",
-    "max_completion_tokens", "n", "temperature", "top_p", "top_k", "min_p", "stop", "seed",
-    "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs",
-    "top_logprobs", "user", "metadata", "service_tier", "store", "tool_choice", "function_call",
-    "parallel_tool_calls", "reasoning", "reasoning_effort", "thinking", "verbosity", "modalities",
-    "moderation", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
-    "safety_identifier",
-})
+CHAT = Form(
+    "messages",
+    ("tools", "functions", "response_format"),
+    frozenset({
+        "model", "messages", "tools", "functions", "response_format", "stream", "stream_options",
+        "max_tokens", "max_completion_tokens", "n", "temperature", "top_p", "top_k", "min_p",
+        "stop", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty",
+        "logit_bias", "logprobs", "top_logprobs", "user", "metadata", "service_tier", "store",
+        "tool_choice", "function_call", "parallel_tool_calls", "reasoning", "reasoning_effort",
+        "thinking", "verbosity", "modalities", "moderation", "prompt_cache_key",
+        "prompt_cache_options", "prompt_cache_retention", "safety_identifier",
+    }),
+)
 # fmt: on
-"""Fields that no model reads as text. Any other might be rendered into the prompt."""
 
 _CHARS_A_TOKEN = {
     "image_url": 16,
@@ -60,28 +75,36 @@ _LABEL_CHARS = 64
 """A label that is longer is not one, and is counted as text."""
 
 
-def prompt_bound(body: Mapping[str, Any], size_bytes: int, image_tokens: int = IMAGE_TOKENS) -> int:
+def prompt_bound(
+    body: Mapping[str, Any],
+    size_bytes: int,
+    image_tokens: int = IMAGE_TOKENS,
+    form: Form = CHAT,
+) -> int:
     """A number of tokens that the prompt cannot exceed, from the size of its JSON in bytes.
 
     Each token of text stands for at least one byte. What is no text in the body is added: the
     form of the chat, and images that a URL of a few bytes can stand for.
     """
-    messages = body.get("messages")
+    messages = body.get(form.turns)
     count = len(messages) if type(messages) is list else 0
     return (
         size_bytes
         + (_MESSAGE_TOKENS + _NAME_TOKENS) * count
-        + _SCHEMA_TOKENS * len(_SCHEMAS)
+        + form.schema_tokens * len(form.schemas)
         + _REPLY_TOKENS
         + image_tokens * _media_parts(messages)
     )
 
 
 def prompt_tokens(
-    body: Mapping[str, Any], count: Callable[[str], int], image_tokens: int = IMAGE_TOKENS
+    body: Mapping[str, Any],
+    count: Callable[[str], int],
+    image_tokens: int = IMAGE_TOKENS,
+    form: Form = CHAT,
 ) -> int:
     """The prompt's tokens, counted in one go: a millisecond for each 20 KB or so."""
-    steps = prompt_slices(body, count, image_tokens)
+    steps = prompt_slices(body, count, image_tokens, form)
     while True:
         try:
             next(steps)
@@ -90,17 +113,20 @@ def prompt_tokens(
 
 
 def prompt_slices(
-    body: Mapping[str, Any], count: Callable[[str], int], image_tokens: int = IMAGE_TOKENS
+    body: Mapping[str, Any],
+    count: Callable[[str], int],
+    image_tokens: int = IMAGE_TOKENS,
+    form: Form = CHAT,
 ) -> Generator[None, None, int]:
     """The same count as a generator that stops after each 32 K characters and returns the sum.
 
     Images and other data are never tokenised: a megabyte of base64 would be 700,000 tokens that
     no provider charges.
     """
-    messages = body.get("messages")
+    messages = body.get(form.turns)
     total = _REPLY_TOKENS + image_tokens * _media_parts(messages)
     done = 0  # what was done since the last stop, in characters or what takes as long
-    for words in _prompt(body):
+    for words in _prompt(body, form):
         if type(words) is int:
             total += words
             done += 8
@@ -117,33 +143,33 @@ def prompt_slices(
     return total
 
 
-def text_alone(body: Mapping[str, Any]) -> bool:
+def text_alone(body: Mapping[str, Any], form: Form = CHAT) -> bool:
     """Whether the prompt is plain messages: of anything else the count is partly a bound, which
     says nothing of how many tokens a provider makes of a text."""
-    messages = body.get("messages")
+    messages = body.get(form.turns)
     return (
         type(messages) is list
         and all(type(one) is dict and type(one.get("content")) is str for one in messages)
-        and not any(body.get(field) for field in _SCHEMAS)
+        and not any(body.get(field) for field in form.schemas)
     )
 
 
-def _prompt(body: Mapping[str, Any]) -> Iterator[str | int]:
+def _prompt(body: Mapping[str, Any], form: Form) -> Iterator[str | int]:
     """Everything in `body` that a model may read: texts to be counted, and tokens known already."""
-    messages = body.get("messages")
+    messages = body.get(form.turns)
     if type(messages) is list:
         for message in messages:
             yield _MESSAGE_TOKENS
             if type(message) is dict and message.get("name"):
                 yield _NAME_TOKENS
             yield from _words(message)
-    for field in _SCHEMAS:
+    for field in form.schemas:
         schema = body.get(field)
         if schema:
-            yield _SCHEMA_TOKENS
+            yield form.schema_tokens
             yield _compact(field, schema)
     for field, value in body.items():
-        if value and field not in _PARAMETERS:
+        if value and field not in form.parameters:
             yield from _words({field: value})
 
 

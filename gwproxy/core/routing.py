@@ -3,6 +3,7 @@
 A caller never gets a model that he did not name, unless he named an alias or `auto`.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -31,6 +32,17 @@ CATALOGUE: Mapping[str, str] = {
 """Every known name of a provider, and the gateway's slug for it."""
 
 
+COMPAT = "cloudflare-compat"
+REST = "cloudflare-rest"
+OPENAI = "openai"
+"""What an upstream may speak; see `upstream_words` for the addresses."""
+
+_AUTHORS = {"google-ai-studio": "google", "grok": "xai", "workers-ai": ""}
+"""Cloudflare's REST API has names of its own for some providers; Workers AI's models go bare."""
+
+_VERSION = re.compile(r"(?<=-)(\d{1,2})-(\d{1,2})(?=-|$)")
+
+
 @dataclass(frozen=True, slots=True)
 class Provider:
     """One upstream provider as configured. `prefix` goes before the slash of the model's name
@@ -41,6 +53,8 @@ class Provider:
     prices: str
     model: str | None = None
     max_tokens_field: str = "max_tokens"
+    flavour: str = COMPAT
+    """What its upstream speaks; it decides how models are called there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +65,9 @@ class Candidate:
     model: str
     """The provider's own name for the model, as the price table knows it."""
     sent: str
-    """What goes into the body's `model` field."""
+    """What goes into the body's `model` field of a chat request."""
+    native: str
+    """The same on the provider's own routes: the gateway wants no prefix there."""
     weight: int = 0
     verbatim: bool = False
     """Sent as it came: a price for the whole name comes before one for its parts."""
@@ -76,6 +92,8 @@ class Routes:
     passthrough: Provider | None = None
     serves_catalogue: bool = True
     """Providers that are known but not configured are served with defaults."""
+    flavour: str = COMPAT
+    """What the upstream of those speaks."""
     catalogue: Mapping[str, Iterable[str]] = field(default_factory=dict)
     """The models that each configured provider has a price for, for names without a prefix."""
 
@@ -121,7 +139,7 @@ class Routes:
         for provider in self.providers.values():
             if slug in (provider.prefix, provider.prices):
                 return provider
-        return known(slug) if self.serves_catalogue else None
+        return known(slug, self.flavour) if self.serves_catalogue else None
 
     def _candidate(self, provider: str, model: str | None, weight: int) -> Candidate | None:
         found = self._provider(provider)
@@ -137,12 +155,13 @@ class Routes:
         slug = CATALOGUE.get(head) if rest else None
         if slug is not None:
             provider = replace(provider, prices=slug)
-        return Candidate(provider, rest if slug else name, name, verbatim=True)
+        return Candidate(provider, rest if slug else name, name, name, verbatim=True)
 
 
-def known(slug: str) -> Provider:
+def known(slug: str, flavour: str = COMPAT) -> Provider:
     """A provider of the catalogue with its defaults."""
-    return Provider(slug, slug, slug, max_tokens_field=max_tokens_field(slug))
+    field = max_tokens_field(slug)
+    return Provider(slug, slug, slug, max_tokens_field=field, flavour=flavour)
 
 
 def max_tokens_field(slug: str) -> str:
@@ -151,8 +170,16 @@ def max_tokens_field(slug: str) -> str:
 
 
 def candidate_of(provider: Provider, model: str, weight: int = 0) -> Candidate:
-    sent = f"{provider.prefix}/{model}" if provider.prefix else model
-    return Candidate(provider, model, sent, weight)
+    prefix = provider.prefix
+    if provider.flavour == REST:
+        author = _AUTHORS.get(prefix, prefix)
+        # claude-sonnet-4.5 has its dot there alone.
+        name = _VERSION.sub(r"\1.\2", model) if prefix == "anthropic" else model
+        sent = native = f"{author}/{name}" if author else name
+    else:
+        sent = f"{prefix}/{model}" if prefix else model
+        native = model if provider.flavour == COMPAT else sent
+    return Candidate(provider, model, sent, native, weight)
 
 
 def ordered(chain: Sequence[Candidate], draw: float) -> Sequence[Candidate]:

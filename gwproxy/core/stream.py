@@ -1,4 +1,4 @@
-"""What a chat stream says while its bytes pass: text metered, usage kept, its end recognised.
+"""What a stream says while its bytes pass: text metered, usage kept, its end recognised.
 
 Pure: bytes in, the bytes that may leave now out. The unit that is passed on is the event: a whole
 one leaves in the step in which its last byte arrives, an unfinished one waits for its end. So an
@@ -11,6 +11,7 @@ from typing import Any
 
 import orjson
 
+from gwproxy.core.errors import GatewayError
 from gwproxy.core.meter import ERROR, FINISH, TEXT, TOOL, USAGE, USAGE_ONLY, Meter
 from gwproxy.core.sse import SseScanner
 
@@ -20,15 +21,15 @@ HOLD_LIMIT = 64 * 1024
 _COMMIT = TEXT | TOOL | FINISH | USAGE
 
 
-class ChatStream:
-    """One upstream stream in the OpenAI chat format.
+class EventStream:
+    """One upstream stream, whatever its API.
 
-    `committed`: an event came after which no other provider may be tried. `done`: `[DONE]` came.
-    `error`: the value of an in-stream error event. `complete`: the answer came to its own end.
+    `committed`: an event came after which no other provider may be tried. `done`: the last event
+    came. `error`: the value of an in-stream error event. `complete`: the answer came to its own
+    end.
     """
 
     __slots__ = (
-        "_drop_usage",
         "_held",
         "_held_size",
         "_part_sent",
@@ -40,10 +41,8 @@ class ChatStream:
         "meter",
     )
 
-    def __init__(self, meter: Meter, *, drop_usage: bool) -> None:
-        """`drop_usage`: the usage-only chunk was not asked for by the client and stays here."""
+    def __init__(self, meter: Meter) -> None:
         self.meter = meter
-        self._drop_usage = drop_usage
         self._scanner = SseScanner()
         self._held: list[bytes] = []  # the unfinished event's bytes from earlier chunks
         self._held_size = 0
@@ -52,6 +51,14 @@ class ChatStream:
         self.done = False
         self.error: Any = None
         self.events = 0
+
+    def _event(self, payload: bytes) -> bool:
+        """Read one event's payload; False: it is ours alone and is not passed on."""
+        raise NotImplementedError
+
+    def error_event(self, error: GatewayError) -> bytes:
+        """An event that tells this API's clients that the stream has failed."""
+        raise NotImplementedError
 
     @property
     def complete(self) -> bool:
@@ -90,7 +97,7 @@ class ChatStream:
         self._count_unparsed()
         if not payload:
             return b""
-        if payload.strip() != b"[DONE]" and _parse(payload) is _UNREADABLE:
+        if payload.strip() != b"[DONE]" and parse_event(payload) is UNREADABLE:
             if self._part_sent:
                 self.meter.observe_unparsed(len(payload))
             return b""
@@ -129,6 +136,22 @@ class ChatStream:
                 self._held_size += len(rest)
         return b"".join(leaving)
 
+    def _count_unparsed(self) -> None:
+        if self._scanner.unparsed:
+            self.meter.observe_unparsed(self._scanner.unparsed)
+            self._scanner.unparsed = 0
+
+
+class ChatStream(EventStream):
+    """A stream in the OpenAI chat format."""
+
+    __slots__ = ("_drop_usage",)
+
+    def __init__(self, meter: Meter, *, drop_usage: bool) -> None:
+        """`drop_usage`: the usage-only chunk was not asked for by the client and stays here."""
+        super().__init__(meter)
+        self._drop_usage = drop_usage
+
     def _event(self, payload: bytes) -> bool:
         """Read one event's payload; False: it is ours alone and is not passed on."""
         self.events += 1
@@ -138,8 +161,8 @@ class ChatStream:
         if self.meter.observe_text(payload):
             self.committed = True
             return True
-        value = _parse(payload)
-        if value is _UNREADABLE:
+        value = parse_event(payload)
+        if value is UNREADABLE:
             if payload.strip() == b"[DONE]":
                 self.done = self.committed = True
             else:
@@ -152,16 +175,14 @@ class ChatStream:
             self.error = value.get("error") or value
         return not (self._drop_usage and flags & (USAGE_ONLY | ERROR) == USAGE_ONLY)
 
-    def _count_unparsed(self) -> None:
-        if self._scanner.unparsed:
-            self.meter.observe_unparsed(self._scanner.unparsed)
-            self._scanner.unparsed = 0
+    def error_event(self, error: GatewayError) -> bytes:
+        return b"data: %b\n\n" % orjson.dumps(error.envelope())
 
 
-_UNREADABLE = object()
+UNREADABLE = object()
 
 
-def _parse(payload: bytes) -> Any:
+def parse_event(payload: bytes) -> Any:
     try:
         return orjson.loads(payload)
     except orjson.JSONDecodeError:
@@ -169,4 +190,4 @@ def _parse(payload: bytes) -> Any:
             # Half of a surrogate pair is legal JSON text, which orjson refuses.
             return json.loads(payload)
         except (ValueError, RecursionError):
-            return _UNREADABLE
+            return UNREADABLE

@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 
 from gwproxy import __version__
+from gwproxy.core.api import Api
 from gwproxy.core.errors import GatewayError, UpstreamFailed, UpstreamMisconfigured
 from gwproxy.core.money import Picos
 from gwproxy.core.outcomes import (
@@ -25,6 +26,7 @@ from gwproxy.core.outcomes import (
     Outcome,
     of_status,
 )
+from gwproxy.core.routing import COMPAT, OPENAI
 
 USER_AGENT = f"gwproxy/{__version__}"
 """Our own name: Cloudflare's edge answers library defaults such as Python-urllib's with a 403."""
@@ -34,10 +36,48 @@ COMPAT_ROOT = "https://gateway.ai.cloudflare.com/v1/{account}/{gateway}"
 MANAGEMENT_ROOT = "https://api.cloudflare.com/client/v4"
 
 CHAT_PATHS = {
-    "cloudflare-compat": "/compat/chat/completions",
-    "openai": "/chat/completions",
+    COMPAT: "/compat/chat/completions",
+    OPENAI: "/chat/completions",
 }
 """What each flavour appends to its root for a chat completion."""
+
+_TAILS = {Api.EMBEDDINGS: "embeddings", Api.RESPONSES: "responses", Api.MESSAGES: "messages"}
+
+_NATIVE_PATHS = {
+    # The gateway's own address for a provider, and below it the provider's own path.
+    ("openai", Api.EMBEDDINGS): "/openai/embeddings",
+    ("openai", Api.RESPONSES): "/openai/responses",
+    ("anthropic", Api.MESSAGES): "/anthropic/v1/messages",
+    ("google-ai-studio", Api.EMBEDDINGS): "/google-ai-studio/v1beta/openai/embeddings",
+    ("mistral", Api.EMBEDDINGS): "/mistral/v1/embeddings",
+    ("workers-ai", Api.EMBEDDINGS): "/workers-ai/v1/embeddings",
+}
+
+
+def path_of(api: Api, flavour: str, prefix: str) -> str | None:
+    """What is appended to the root for a call of this API at this provider; None: it has none."""
+    if api is Api.CHAT:
+        return CHAT_PATHS[flavour]
+    if flavour == OPENAI:
+        return f"/{_TAILS[api]}"
+    if prefix.startswith("custom-"):
+        # A custom provider is an address; what speaks one of these APIs has it below /v1.
+        return f"/{prefix}/v1/{_TAILS[api]}"
+    return _NATIVE_PATHS.get((prefix, api))
+
+
+def credentials(flavour: str, api: Api, host: str, token: str) -> list[str]:
+    """The header lines that say who we are."""
+    if flavour == COMPAT:
+        # Beside this header an Authorization would be forwarded to the provider as its key.
+        return [f"cf-aig-authorization: Bearer {token}"]
+    lines = [f"Authorization: Bearer {token}"]
+    if flavour == OPENAI and api is Api.MESSAGES:
+        # Anthropic takes keys in this one and nothing but other kinds of tokens in the other;
+        # servers that have learned its API take either.
+        key = f"x-api-key: {token}"
+        lines = [key] if host.endswith("anthropic.com") else [key, *lines]
+    return lines
 
 
 def custom_cost(input: Picos, output: Picos, cache_read: Picos, cache_write: Picos) -> bytes:
@@ -65,7 +105,7 @@ def metadata(user_id: str, org_id: str, key_id: str, request_id: str, attempt: i
 # -- response headers ----------------------------------------------------------------------------
 
 _PASSED_ON = frozenset({"cf-aig-cache-status", "retry-after", "retry-after-ms"})
-_PASSED_ON_NAME = re.compile(r"(?:x-ratelimit-|openai-)[a-z0-9_-]{1,64}")
+_PASSED_ON_NAME = re.compile(r"(?:x-ratelimit-|openai-|anthropic-ratelimit-)[a-z0-9_-]{1,64}")
 _PASSED_ON_LIMIT = 512
 """Characters of a value: none of these headers needs more, and clients bound what they accept."""
 
@@ -77,7 +117,7 @@ def passed_on(headers: Mapping[str, str]) -> dict[str, str]:
     """
     out: dict[str, str] = {}
     for name, value in headers.items():
-        if name == "x-request-id":
+        if name in ("x-request-id", "request-id"):
             name = "x-upstream-request-id"
         elif name not in _PASSED_ON and not _PASSED_ON_NAME.fullmatch(name):
             continue

@@ -6,25 +6,25 @@ counts nothing may. What failed is classified by `core.upstream_words`; this roo
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from urllib.parse import urlsplit
 
-import orjson
-
-from gwproxy.core.chat import ChatRequest
+from gwproxy.core.api import Api
 from gwproxy.core.errors import Draining, GatewayError
 from gwproxy.core.identity import Principal
 from gwproxy.core.outcomes import FAILURES, NO_COMPLETION, Meaning
+from gwproxy.core.request import ModelRequest
 from gwproxy.core.trace import Attempt, Trace
 from gwproxy.core.upstream_words import (
-    CHAT_PATHS,
     USER_AGENT,
     Verdict,
     classify,
     classify_event,
+    credentials,
     custom_cost,
     metadata,
+    path_of,
     to_error,
 )
 from gwproxy.log import Log
@@ -33,29 +33,65 @@ from gwproxy.proxy.reply import Patience, Reply
 from gwproxy.proxy.upstream import SHUTDOWN, TRUNCATED, Connection, Failure, Origin, Pool, Upstream
 from gwproxy.state.reservation import Planned, Priced, Reservation
 
-_NOT_A_CHAT_ANSWER = Verdict(NO_COMPLETION, 502, hint=NO_COMPLETION.hint)
+_NOT_AN_ANSWER = Verdict(NO_COMPLETION, 502, hint=NO_COMPLETION.hint)
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where and how one provider is reached. `head` is the part of the request that never
-    changes; `secrets` is what must not be passed on should the upstream echo it."""
+    """Where and how one provider is reached. `secrets` is what must not be passed on should the
+    upstream echo it."""
 
     pool: Pool
-    head: bytes
+    root: str
+    """The path that an API's own is appended to."""
+    flavour: str
+    token: str | None
+    gateway: str | None
+    """The gateway's id, where the address does not say it."""
     cloudflare: bool
     secrets: tuple[str, ...]
+    heads: dict[tuple[Api, str], bytes] = field(default_factory=dict)
+    """By API and prefix, which are few: the part of a request that never changes."""
 
     @classmethod
-    def build(cls, upstream: Upstream, *, root: str, flavour: str, token: str | None) -> "Endpoint":
+    def build(
+        cls,
+        upstream: Upstream,
+        *,
+        root: str,
+        flavour: str,
+        token: str | None,
+        gateway: str | None = None,
+    ) -> "Endpoint":
         """`root` is what the flavour appends its path to; the configuration has checked it."""
         url = urlsplit(root)
         tls = url.scheme == "https"
         assert url.hostname is not None, "an address without a host passed the configuration"
         origin = Origin(tls, url.hostname, url.port or (443 if tls else 80))
-        cloudflare = flavour.startswith("cloudflare")
+        return cls(
+            upstream.pool(origin),
+            url.path,
+            flavour,
+            token,
+            gateway,
+            flavour.startswith("cloudflare"),
+            (token,) if token else (),
+        )
+
+    def head(self, api: Api, prefix: str) -> bytes:
+        """Of a call of `api` at the provider with this prefix."""
+        key = api, prefix
+        head = self.heads.get(key)
+        if head is None:
+            head = self.heads[key] = self._head(api, prefix)
+        return head
+
+    def _head(self, api: Api, prefix: str) -> bytes:
+        path = path_of(api, self.flavour, prefix)
+        assert path is not None, "a candidate without this API was asked for it"
+        origin = self.pool.origin
         lines = [
-            f"POST {url.path}{CHAT_PATHS[flavour]} HTTP/1.1",
+            f"POST {self.root}{path} HTTP/1.1",
             f"Host: {origin.authority}",
             f"User-Agent: {USER_AGENT}",
             "Accept: application/json, text/event-stream",
@@ -63,11 +99,11 @@ class Endpoint:
             "Accept-Encoding: identity",
             "Content-Type: application/json",
         ]
-        if token is not None:
-            # Beside this header an Authorization would be forwarded to the provider as its key.
-            name = "cf-aig-authorization" if cloudflare else "Authorization"
-            lines.append(f"{name}: Bearer {token}")
-        if cloudflare:
+        if self.token is not None:
+            lines += credentials(self.flavour, api, origin.host, self.token)
+        if self.gateway is not None:
+            lines.append(f"cf-aig-gateway-id: {self.gateway}")
+        if self.cloudflare:
             lines += [
                 "cf-aig-skip-cache: true",
                 # A hidden retry is an attempt that is billed and that nobody sees.
@@ -75,13 +111,19 @@ class Endpoint:
                 # Prompts and answers stay out of the gateway's log; its figures remain.
                 "cf-aig-collect-log-payload: false",
             ]
-        head = "".join(f"{line}\r\n" for line in lines).encode("ascii")
-        return cls(upstream.pool(origin), head, cloudflare, (token,) if token else ())
+        return "".join(f"{line}\r\n" for line in lines).encode("ascii")
 
     def request_head(
-        self, principal: Principal, trace: Trace, priced: Priced, attempt: int, body_bytes: int
+        self,
+        principal: Principal,
+        trace: Trace,
+        request: ModelRequest,
+        priced: Priced,
+        attempt: int,
+        body_bytes: int,
     ) -> bytes:
-        parts = [self.head, b"Content-Length: %d\r\n" % body_bytes]
+        head = self.head(request.api, priced.candidate.provider.prefix)
+        parts = [head, request.header_lines, b"Content-Length: %d\r\n" % body_bytes]
         if self.cloudflare:
             ids = (principal.user_id, principal.org_id, principal.key_id, trace.request_id)
             parts.append(b"cf-aig-metadata: %b\r\n" % metadata(*ids, attempt))
@@ -127,7 +169,7 @@ class Dispatch:
 class Sending:
     """One request on its way along the chain."""
 
-    __slots__ = ("_chat", "_dispatch", "_principal", "_reply", "_reservation", "_trace")
+    __slots__ = ("_dispatch", "_principal", "_reply", "_request", "_reservation", "_trace")
 
     def __init__(
         self, dispatch: Dispatch, principal: Principal, reservation: Reservation, trace: Trace
@@ -136,7 +178,7 @@ class Sending:
         self._principal = principal
         self._reservation = reservation
         self._trace = trace
-        self._chat: ChatRequest = reservation.quote.chat
+        self._request: ModelRequest = reservation.quote.request
         self._reply: Reply | None = None
 
     async def __aenter__(self) -> Reply:
@@ -212,8 +254,9 @@ class Sending:
         priced, number = planned.priced, len(trace.attempts) + 1
         candidate = priced.candidate
         endpoint = dispatch.endpoint(candidate.provider.name)
-        body = self._chat.body_for(candidate, planned.plan.lowered)
-        head = endpoint.request_head(self._principal, trace, priced, number, len(body))
+        request = self._request
+        body = request.body_for(candidate, planned.plan.lowered)
+        head = endpoint.request_head(self._principal, trace, request, priced, number, len(body))
         began = dispatch.now()
         record = Attempt(candidate.provider.name, candidate.model)
         trace.attempts.append(record)
@@ -234,8 +277,7 @@ class Sending:
                     connection,
                     meter,
                     dispatch.patience,
-                    asked_stream=self._chat.stream,
-                    drop_usage=self._chat.stream and not self._chat.include_usage,
+                    request=request,
                     on_accepted=reservation.answering,
                 )
                 self._reply = reply
@@ -281,10 +323,10 @@ class Sending:
             reservation.refused()
             return classify(reply.status, reply.headers, body, endpoint.secrets)
         try:
-            answer = orjson.loads(body)
-        except orjson.JSONDecodeError:
+            answer = self._request.read_answer(body)
+        except ValueError:
             answer = None
-        if isinstance(answer, dict) and isinstance(answer.get("choices"), list):
+        if isinstance(answer, dict) and self._request.is_answer(answer):
             if not reply.meter.observe_usage(answer) or reply.meter.usage is None:
                 reply.meter.observe_answer(answer)
             reply.answer = answer
@@ -294,7 +336,7 @@ class Sending:
             reservation.refused()
             return classify_event(answer["error"])
         reservation.unanswered()
-        return _NOT_A_CHAT_ANSWER
+        return _NOT_AN_ANSWER
 
 
 def _failed(failure: Failure) -> Verdict:

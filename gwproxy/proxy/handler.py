@@ -9,13 +9,15 @@ from collections.abc import Callable
 from typing import Final
 
 from aiohttp import web
+from multidict import CIMultiDictProxy
 
-from gwproxy.core.chat import ChatRequest, as_stream
-from gwproxy.core.errors import InsufficientQuota, ModelNotFound
+from gwproxy.core.api import Api
+from gwproxy.core.errors import InsufficientQuota, InvalidRequest, ModelNotFound
 from gwproxy.core.identity import OnClientGone, Principal
-from gwproxy.core.routing import Routes, ordered
+from gwproxy.core.request import ModelRequest
+from gwproxy.core.routing import Candidate, Routes, ordered
 from gwproxy.core.trace import Trace
-from gwproxy.core.upstream_words import passed_on
+from gwproxy.core.upstream_words import passed_on, path_of
 from gwproxy.metrics import Metrics
 from gwproxy.proxy.answer import Answer
 from gwproxy.proxy.dispatch import Dispatch
@@ -37,11 +39,17 @@ _STREAM: Final = (
 )
 
 
-class ChatHandler:
-    """`POST /v1/chat/completions`."""
+Parse = Callable[[bytes, frozenset[str], CIMultiDictProxy[str]], ModelRequest]
+"""From a body, the features that the caller's organization has, and the headers."""
+
+
+class ModelHandler:
+    """The route of one API that calls models."""
 
     def __init__(
         self,
+        api: Api,
+        parse: Parse,
         *,
         keyring: Keyring,
         intake: Intake,
@@ -54,8 +62,11 @@ class ChatHandler:
         """`clock` gives seconds since 1970."""
         self._keyring = keyring
         self._intake = intake
+        self._api = api
+        self._parse = parse
+        self._routes = routes
         # Names are the callers' own: kept for those in use, and no more than that.
-        self._resolve = functools.lru_cache(maxsize=1024)(routes.resolve)
+        self._resolve = functools.lru_cache(maxsize=1024)(self._candidates)
         self._books = books
         self._dispatch = dispatch
         self._metrics = metrics
@@ -65,9 +76,10 @@ class ChatHandler:
         principal = trace.principal = self._keyring.authenticate(request.headers, self._clock())
         features = self._keyring.organization_of(principal).allowed_features
         allowed = frozenset(features)
-        chat = await self._intake.read(request, lambda raw: ChatRequest.parse(raw, allowed))
-        trace.stream = chat.stream
-        quote = await self._quote(principal, chat, trace)
+        headers = request.headers
+        call = await self._intake.read(request, lambda raw: self._parse(raw, allowed, headers))
+        trace.stream = call.stream
+        quote = await self._quote(principal, call, trace)
         async with (
             self._books.reserve(principal, quote, trace) as reservation,
             self._dispatch.send(principal, reservation, trace) as reply,
@@ -75,18 +87,36 @@ class ChatHandler:
             return await self._relay(request, reply, reservation, trace)
         # Leaving the block settles whatever was metered, on every way out.
 
-    async def _quote(self, principal: Principal, chat: ChatRequest, trace: Trace) -> Quote:
+    def _candidates(self, name: str) -> tuple[Candidate, ...] | None:
+        """Those of the model's chain that have this API; None: there is no such model."""
+        chain = self._routes.resolve(name)
+        if chain is None or self._api is Api.CHAT:
+            return chain
+        return tuple(
+            candidate
+            for candidate in chain
+            if path_of(self._api, candidate.provider.flavour, candidate.provider.prefix)
+        )
+
+    async def _quote(self, principal: Principal, call: ModelRequest, trace: Trace) -> Quote:
         allowed = principal.allowed_models
-        chain = self._resolve(chat.model)
-        if chain is None or (allowed is not None and chat.model not in allowed):
+        chain = self._resolve(call.model)
+        if chain is None or (allowed is not None and call.model not in allowed):
             # One answer for both: nobody can probe for models that he may not use.
             raise ModelNotFound(
                 "The model does not exist or this key may not use it. "
                 "GET /v1/models lists what it may use.",
                 param="model",
             )
-        trace.model = chat.model
-        return await self._books.quote(principal, chat, ordered(chain, random.random()))
+        trace.model = call.model
+        if not chain:
+            raise InvalidRequest(
+                f"This model's provider has no API for {self._api} here. "
+                "/v1/chat/completions serves every provider.",
+                param="model",
+                code="model_not_supported",
+            )
+        return await self._books.quote(principal, call, ordered(chain, random.random()))
 
     async def _relay(
         self, request: web.BaseRequest, reply: Reply, reservation: Reservation, trace: Trace
@@ -107,14 +137,15 @@ class ChatHandler:
         ) + fields(reservation.figures())
         if reservation.plan.lowered is not None:
             lines += f"x-gateway-max-tokens: {reservation.plan.lowered}\r\n"
+        if self._api is Api.MESSAGES:
+            lines += f"request-id: {trace.request_id}\r\n"  # where Anthropic's SDKs look for it
         for name, value in passed_on(reply.headers).items():
             lines += f"{name}: {value}\r\n"
         if reply.events is not None:
             return await self._relay_events(request, reply, reservation, lines + _STREAM)
         if not trace.stream:
             return Answer.whole(request, lines + _JSON, reply.whole)
-        chat = reservation.quote.chat
-        body = as_stream(reply.answer, include_usage=chat.include_usage)
+        body = reservation.quote.request.as_stream(reply.answer)
         return Answer.whole(request, lines + _STREAM, body)
 
     async def _relay_events(

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 from aiohttp import web
 
-from gwproxy.core.chat import MODEL_NAME_LIMIT
 from gwproxy.core.errors import ModelNotFound
 from gwproxy.core.pricing import PriceBook
+from gwproxy.core.request import MODEL_NAME_LIMIT
 from gwproxy.core.routing import Routes, candidate_of, known
 from gwproxy.core.trace import Trace
 from gwproxy.proxy.answer import json_answer
@@ -85,7 +85,7 @@ def _names(routes: Routes, prices: PriceBook, extra: Iterable[str]) -> Iterator[
         for model in models:
             candidate = candidate_of(provider, model)
             # A model that is asked for without a prefix upstream still needs one here.
-            name = candidate.sent if provider.prefix else f"{provider.name}/{model}"
+            name = f"{provider.prefix or provider.name}/{model}"
             if prices.rate_of(candidate) is not None and routes.resolve(name) is not None:
                 yield name, provider.name
     if routes.passthrough is not None:

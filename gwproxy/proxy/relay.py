@@ -8,11 +8,10 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
-import orjson
 from aiohttp import web
 
 from gwproxy.core.errors import GatewayError
-from gwproxy.core.stream import ChatStream
+from gwproxy.core.stream import EventStream
 from gwproxy.proxy.reply import Reply
 from gwproxy.proxy.upstream import IDLE_TIMEOUT, Failure
 from gwproxy.state.reservation import Reservation
@@ -29,17 +28,13 @@ DRAIN_BYTES = 1024 * 1024
 
 _KEEP_ALIVE = b": keepalive\n\n"
 
-INTERRUPTED = b"data: %b\n\n" % orjson.dumps(
-    {
-        "error": {
-            "message": "The upstream ended the stream before its answer was complete.",
-            "type": "upstream_error",
-            "param": None,
-            "code": "stream_interrupted",
-        }
-    }
+_INTERRUPTED = GatewayError(
+    "The upstream ended the stream before its answer was complete.",
+    status=502,
+    type="upstream_error",
+    code="stream_interrupted",
 )
-"""A clean end would look like success to both OpenAI SDKs; this makes both raise."""
+"""A clean end would look like success to the SDKs; this makes them raise."""
 
 
 class Relay:
@@ -70,7 +65,7 @@ class Relay:
         now: Callable[[], float],
         request: web.BaseRequest,
         reply: Reply,
-        events: ChatStream,
+        events: EventStream,
         reservation: Reservation,
         *,
         chunked: bool,
@@ -137,7 +132,7 @@ class Relay:
         events = self._events
         if self.refusal is not None:
             if events.at_boundary:
-                self._write(b"data: %b\n\n" % orjson.dumps(self.refusal.envelope()))
+                self._write(events.error_event(self.refusal))
             return events.at_boundary
         if self.failure is None and events.complete:
             return True
@@ -145,7 +140,7 @@ class Relay:
             return True  # the upstream told the client itself
         if not events.at_boundary:
             return False
-        self._write(INTERRUPTED)
+        self._write(events.error_event(_INTERRUPTED))
         return True
 
     # -- the connection's side ---------------------------------------------------------------

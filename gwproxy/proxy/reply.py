@@ -12,7 +12,8 @@ from types import MappingProxyType
 from typing import Any
 
 from gwproxy.core.meter import Meter
-from gwproxy.core.stream import ChatStream
+from gwproxy.core.request import ModelRequest
+from gwproxy.core.stream import EventStream
 from gwproxy.proxy.upstream import (
     ANSWER_TIMEOUT,
     ENCODED,
@@ -25,9 +26,6 @@ from gwproxy.proxy.upstream import (
 
 HELD_BACK_BYTES = 64 * 1024
 """A stream that sends this much without a word of answer is passed on as it is."""
-
-ANSWER_BYTES = 32 * 1024 * 1024
-"""The largest answer that is held as a whole; completions are a thousandth of that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +44,7 @@ class Reply:
 
     # What holds until it is known better: class attributes cost a new reply nothing.
     _held_bytes = 0
-    events: ChatStream | None = None
+    events: EventStream | None = None
     status = 0
     headers: Mapping[str, str] = MappingProxyType({})
     failure: Failure | None = None
@@ -65,21 +63,20 @@ class Reply:
         meter: Meter,
         patience: Patience,
         *,
-        asked_stream: bool,
-        drop_usage: bool,
+        request: ModelRequest,
         on_accepted: Callable[[], None],
     ) -> None:
-        """`drop_usage`: the client did not ask for the usage-only chunk. `on_accepted` is called
-        when a success status comes: from there on what is answered is billed."""
+        """`on_accepted` is called when a success status comes: from there on what is answered is
+        billed."""
         self.decided: asyncio.Future[None] = loop.create_future()
         self._now = now
         self._patience = patience
-        self._asked_stream = asked_stream
+        self._request = request
+        self._asked_stream = request.stream
         self._on_accepted = on_accepted
         self._held: list[bytes] = []
         self.connection = connection
         self.meter = meter
-        self.drop_usage = drop_usage
         self.sent_at = self.last_byte_at = now()
 
     @property
@@ -114,7 +111,7 @@ class Reply:
                 # Neither can it be metered, nor does the client know what it would get.
                 self.connection.fail(ENCODED)
             elif self._asked_stream and self.content_type == "text/event-stream":
-                self.events = ChatStream(self.meter, drop_usage=self.drop_usage)
+                self.events = self._request.events(self.meter)
 
     def on_body(self, data: bytes) -> None:
         now = self._now()
@@ -127,7 +124,7 @@ class Reply:
             self._held.append(data)
             self._held_bytes += len(data)
         if self.events is None:
-            if self._held_bytes > ANSWER_BYTES:
+            if self._held_bytes > self._request.answer_bytes:
                 self.connection.fail(TOO_LARGE)
         elif self.events.committed or self.events.error or self._held_bytes > HELD_BACK_BYTES:
             self._decide()

@@ -9,9 +9,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
-from gwproxy.core.chat import ChatRequest
 from gwproxy.core.errors import ModelNotPriced, StorageUnavailable
-from gwproxy.core.estimate import prompt_bound, prompt_slices, text_alone
 from gwproxy.core.holds import Ask, Short, plan
 from gwproxy.core.identity import FailureMode, Organization, Principal
 from gwproxy.core.learned import Factors, OutputLengths
@@ -21,8 +19,8 @@ from gwproxy.core.money import NANOS_PER_USD
 from gwproxy.core.period import periods
 from gwproxy.core.pricing import PriceBook
 from gwproxy.core.records import Alert, Reserve
+from gwproxy.core.request import ModelRequest
 from gwproxy.core.routing import Candidate
-from gwproxy.core.tokens import scale
 from gwproxy.core.trace import Trace
 from gwproxy.log import Log
 from gwproxy.metrics import Metrics
@@ -77,7 +75,7 @@ class Books:
     # -- quote -------------------------------------------------------------------------------
 
     async def quote(
-        self, principal: Principal, chat: ChatRequest, chain: Sequence[Candidate]
+        self, principal: Principal, request: ModelRequest, chain: Sequence[Candidate]
     ) -> Quote:
         """The candidates that can be priced; ModelNotPriced when there is none.
 
@@ -97,8 +95,8 @@ class Books:
                 "The operator can set one under [prices.models].",
                 param="model",
             )
-        bound, counted = prompt_bound(chat.body, chat.size_bytes), None
-        if chat.max_output_tokens is None:
+        bound, counted = request.prompt_bound(), None
+        if request.max_output_tokens is None:
             bound += MAXIMUM_BYTES
         month_and_day = self.ledger.periods()
         accounts = (
@@ -109,27 +107,27 @@ class Books:
         if room is not None:
             dearest = max([rate.worst_case(bound, 0) for _, rate in rated])
             if dearest * NEGLIGIBLE > room:
-                counted = await self._counted(chat)
+                counted = await self._counted(request)
         priced = []
-        declared = chat.max_output_tokens is not None
+        declared = request.max_output_tokens is not None
         for candidate, rate in rated:
             model = candidate.model
             prompt_factor = self._factors.prompts.per_mille(model)
             ask = Ask(
-                prompt=bound if counted is None else scale(counted, prompt_factor),
-                declared=chat.max_output_tokens,
-                choices=chat.choices,
-                stream=chat.stream,
-                hidden=rate.hides_reasoning or chat.thinks,
+                prompt=bound if counted is None else request.held_prompt(counted, prompt_factor),
+                declared=request.max_output_tokens,
+                choices=request.choices,
+                stream=request.stream,
+                hidden=rate.hides_reasoning or request.thinks,
                 learned=None if declared else self._lengths.p95(principal.key_id, model),
             )
             answer_factor = self._factors.answers.per_mille(model)
             priced.append(Priced(candidate, rate, ask, answer_factor, prompt_factor))
-        return Quote(chat, tuple(priced), prices.version, counted)
+        return Quote(request, tuple(priced), prices.version, counted)
 
-    async def _counted(self, chat: ChatRequest) -> int:
+    async def _counted(self, request: ModelRequest) -> int:
         """The prompt's tokens, in slices that let the loop breathe."""
-        slices = prompt_slices(chat.body, self._count)
+        slices = request.prompt_slices(self._count)
         while True:
             try:
                 next(slices)
@@ -163,7 +161,7 @@ class Books:
         room = left(ledger.state, own)
 
         chain: list[Planned] = []
-        edits: list[str] = []
+        edits = list(quote.request.edits)
         refused: tuple[tuple[Account, ...], Short] | None = None
         for priced in quote.priced:
             provider = priced.candidate.provider.name
@@ -204,13 +202,13 @@ class Books:
         first = chain[0]
         candidate, lowered = first.priced.candidate, first.plan.lowered
         if lowered is not None:
-            edits.append(f"{candidate.provider.max_tokens_field}={lowered}")
+            edits.append(f"{quote.request.maximum_field(candidate)}={lowered}")
         account = self.accounts.provider(candidate.provider.name, month_and_day[1])
         amount = max([planned.plan.cost for planned in chain])
         record = Reserve(
             **stamp,
             id=trace.request_id,
-            model=quote.chat.model,
+            model=quote.request.model,
             provider=candidate.provider.name,
             upstream_model=candidate.model,
             prices=quote.price_version,
@@ -220,7 +218,7 @@ class Books:
             ),
             prompt=first.priced.ask.prompt,
             max=first.plan.output,
-            stream=quote.chat.stream,
+            stream=quote.request.stream,
             hidden=first.priced.ask.hidden,
             degraded=degraded,
             edits=tuple(edits),
@@ -296,7 +294,7 @@ class Books:
         if meter is not None and meter.has_output:
             shown = usage.output - usage.reasoning
             self._factors.answers.observe(model, meter.counted(), shown)
-        if quote.counted is not None and text_alone(quote.chat.body):
+        if quote.counted is not None and quote.request.text_alone:
             self._factors.prompts.observe(model, quote.counted, usage.input_total)
 
     def _alert(self, reservation: Reservation) -> None:

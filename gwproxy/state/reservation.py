@@ -13,15 +13,14 @@ from typing import Final, Self
 
 import msgspec
 
-from gwproxy.core.chat import ChatRequest
 from gwproxy.core.errors import GatewayError
-from gwproxy.core.estimate import prompt_tokens
 from gwproxy.core.holds import Ask, Plan, Short, plan, step
 from gwproxy.core.identity import OnExhausted, Organization, Principal, UnboundedPolicy
 from gwproxy.core.ledger import Account, Balance, Hold, left
 from gwproxy.core.meter import Meter
 from gwproxy.core.pricing import Rate
 from gwproxy.core.records import NO_TOKENS, Attempt, Held, Mark, Rates, Settle, Tokens, Tried
+from gwproxy.core.request import ModelRequest
 from gwproxy.core.routing import Candidate
 from gwproxy.core.tokens import scale
 from gwproxy.core.trace import Trace
@@ -82,7 +81,7 @@ class Planned(msgspec.Struct, frozen=True):
 class Quote(msgspec.Struct, frozen=True):
     """The candidates of one request that have a price, in the order to be tried."""
 
-    chat: ChatRequest
+    request: ModelRequest
     priced: tuple[Priced, ...]
     price_version: str
     counted: int | None
@@ -214,7 +213,7 @@ class Reservation:
         self._stage = _Stage.NOT_SENT
         self._fits = _NEVER
         self.mark = 0
-        meter = self.meter = Meter(self._desk.count)
+        meter = self.meter = self.quote.request.meter(self._desk.count)
         return meter
 
     async def next(self, planned: Planned, why: str) -> Planned | None:
@@ -448,12 +447,12 @@ class Reservation:
 
     def _prompt_tokens(self) -> int:
         assert self._priced is not None
-        chat, counted = self.quote.chat, self.quote.counted
+        request, counted = self.quote.request, self.quote.counted
         if counted is None:
-            if chat.size_bytes > EXACT_PROMPT_BYTES:
-                counted = (chat.size_bytes + 3) // 4
+            if request.size_bytes > EXACT_PROMPT_BYTES:
+                counted = (request.size_bytes + 3) // 4
             else:
-                counted = prompt_tokens(chat.body, self._desk.count)
+                counted = request.prompt_tokens(self._desk.count)
         return scale(counted, self._priced.prompt_factor)
 
     @property

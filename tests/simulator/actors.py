@@ -261,7 +261,7 @@ async def request(life: Life) -> None:
         body["max_tokens"] = random.choice((20, 200, 900))
     chat = ChatRequest.parse(orjson.dumps(body))
     chain = [
-        Candidate(PROVIDERS[model.partition("/")[0]], model.partition("/")[2], model)
+        Candidate(PROVIDERS[model.partition("/")[0]], model.partition("/")[2], model, model)
         for model in models
     ]
     world.serial += 1
@@ -327,8 +327,8 @@ async def converse(life: Life, reservation: Reservation, trace: Trace, prompt: i
             continue
         call.fate = "answering"
         reservation.answering()
-        limit = planned.plan.lowered or reservation.quote.chat.max_output_tokens
-        if reservation.quote.chat.stream:
+        limit = planned.plan.lowered or reservation.quote.request.max_output_tokens
+        if reservation.quote.request.stream:
             await relay(life, reservation, call, meter, limit)
         else:
             whole(life, reservation, call, meter, limit)
