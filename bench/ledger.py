@@ -45,6 +45,7 @@ from gwproxy.state.accounts import Accounts, Terms
 from gwproxy.state.books import Books
 from gwproxy.state.keyring import Keyring
 from gwproxy.state.ledger import Ledger
+from gwproxy.state.outage import Outage
 from gwproxy.state.rates import Rates
 from gwproxy.state.store import Kept, Store, opened
 
@@ -96,7 +97,7 @@ class Desk:
             Factors(),
             count=_count,
             durable=_at_once,
-            lost=lambda: False,
+            outage=Outage(),
             metrics=Metrics(frozenset({"mock"}), frozenset({"echo"})),
             log=Log(io.StringIO(), "error"),
         )

@@ -48,6 +48,7 @@ from gwproxy.proxy.reply import Patience
 from gwproxy.proxy.upstream import Upstream
 from gwproxy.state.accounts import Accounts, Terms
 from gwproxy.state.books import Books
+from gwproxy.state.outage import Condition
 from gwproxy.state.rates import Rates
 from gwproxy.state.store import Kept, Store, Synchronous
 from gwproxy.storage.database import HAS_WAL_RESET_BUG, SQLITE_VERSION
@@ -141,7 +142,6 @@ class App:
         self._cleanups.append(store.close)
         self._cleanups.append(self._store_key_use)
         keyring, ledger = store.keyring, store.ledger
-        metrics.refresh.append(functools.partial(_show_ledger, metrics, store))
         store.writer.committed = metrics.ledger_commit.observe
 
         upstream = self._open_upstream(metrics)
@@ -150,6 +150,7 @@ class App:
         factors = Factors()
         metrics.refresh.append(functools.partial(_show_factors, metrics, factors))
         accounts = Accounts(keyring, terms(config))
+        metrics.refresh.append(functools.partial(_show_ledger, metrics, store, accounts))
         books = Books(
             ledger,
             keyring,
@@ -160,7 +161,7 @@ class App:
             factors,
             count=counter.count,
             durable=store.durable,
-            lost=lambda: store.lost,
+            outage=store.outage,
             metrics=metrics,
             log=self.log,
         )
@@ -184,11 +185,21 @@ class App:
         }
         chat = calls[Api.CHAT]
         account = AccountHandler(
-            keyring, accounts, ledger, find=store.find_request, clock=time.time
+            keyring,
+            accounts,
+            ledger,
+            store.outage,
+            find=store.find_request,
+            clock=time.time,
         )
         models = ModelsHandler(keyring, routes, prices, extra=config.prices.models, clock=time.time)
         auth = AdminAuth(config.admin.key.reveal() if config.admin.key else None, time.monotonic)
-        health = Health(metrics, lambda: self.draining)
+
+        def condition() -> Condition:
+            closed = accounts.terms.failure_mode is FailureMode.CLOSED
+            return store.condition(draining=self.draining, closed=closed)
+
+        health = Health(metrics, condition)
         public = [
             Route("POST", "/v1/chat/completions", chat.handle, "chat", traced=True),
             *(
@@ -470,7 +481,7 @@ def terms(config: Config) -> Terms:
     )
 
 
-def _show_ledger(metrics: Metrics, store: Store) -> None:
+def _show_ledger(metrics: Metrics, store: Store, accounts: Accounts) -> None:
     """The gauges that are read when they are asked for."""
     state, journal = store.ledger.state, store.journal
     holds = state.holds.values()
@@ -480,6 +491,8 @@ def _show_ledger(metrics: Metrics, store: Store) -> None:
     now_ms = store.ledger.now_ms()
     metrics.hold_oldest.value = 0 if oldest is None else (now_ms - oldest) / 1000
     metrics.storage_state.value = store.lost
+    exposure = accounts.exposure(state, store.ledger.periods()[1])
+    metrics.degraded_exposure.value = exposure / NANOS_PER_USD
     metrics.journal_state.value = journal.lost is not None
     metrics.journal_bytes.value = journal.size_bytes()
     metrics.ledger_queue.value = state.lsn - store.writer.applied

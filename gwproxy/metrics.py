@@ -192,6 +192,10 @@ class Metrics(Collector):
         self.storage_state = self._gauge(
             "gwproxy_storage_state", "The database: 0 in order, 1 lost."
         ).child()
+        self.degraded_exposure = self._gauge(
+            "gwproxy_degraded_exposure_usd",
+            "Spent and held today while the database was lost, over all organizations, in USD.",
+        ).child()
         self.journal_state = self._gauge(
             "gwproxy_journal_state", "The journal: 0 in order, 1 lost."
         ).child()

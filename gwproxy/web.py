@@ -210,7 +210,7 @@ class Front:
                 request.transport.abort()
             raise ConnectionResetError("the response had begun")
         unread = not request.content.is_eof()
-        return error_response(error, trace.request_id, api, unread=unread)
+        return error_response(error, trace.request_id, api, unread=unread, degraded=trace.degraded)
 
     def count_turned_away(self) -> None:
         """A connection too many. No log line: they come by the thousand."""
@@ -241,13 +241,16 @@ _QUIET: Final = frozenset({"health", "metrics"})
 """Asked every few seconds by machines: their successes are counted, not logged."""
 
 
-def error_response(error: GatewayError, request_id: str, api: Api, *, unread: bool) -> web.Response:
+def error_response(
+    error: GatewayError, request_id: str, api: Api, *, unread: bool, degraded: bool
+) -> web.Response:
     """An error in the shape of its API. `unread`: the request's body was not read to its end."""
     headers = {
         "Server": SERVER,
         "Content-Type": "application/json",
         "Cache-Control": "no-store",
         "x-request-id": request_id,
+        "x-gateway-mode": "degraded" if degraded else "normal",
         **error.headers,
     }
     if error.retry_after_s is not None:

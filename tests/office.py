@@ -26,6 +26,7 @@ from gwproxy.state.accounts import Accounts, Terms
 from gwproxy.state.books import Books
 from gwproxy.state.keyring import Keyring
 from gwproxy.state.ledger import Ledger
+from gwproxy.state.outage import Outage
 from gwproxy.state.rates import Rates
 from gwproxy.state.reservation import Planned, Quote, Reservation
 from gwproxy.storage.files import OsFiles
@@ -216,7 +217,7 @@ class Office:
         self.metrics = Metrics(frozenset("abcdef"), frozenset())
         self.written = io.StringIO()
         self.log = Log(self.written, "debug")
-        self.database_lost = False
+        self.outage = Outage()
         self.waited_for: list[int] = []
         """The records that somebody wanted to be safe before going on."""
         self.books = Books(
@@ -229,7 +230,7 @@ class Office:
             self.factors,
             count=tokenizer().count,
             durable=durable or self.durable,
-            lost=lambda: self.database_lost,
+            outage=self.outage,
             metrics=self.metrics,
             log=self.log,
         )

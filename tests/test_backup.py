@@ -330,7 +330,7 @@ async def test_a_lost_database_is_rebuilt_exactly_while_running(
     place, backups, tmp_path, tmp_path_factory, loss
 ):
     """From the newest backup and the journal behind it, of which the older part is gone."""
-    writer = place.writer(rebuild=partial(backups.rebuild, place.database))
+    writer = place.writer(rebuild=partial(backups.rebuild, place.database, place.journal.ledger_id))
     some(place)
     await catch_up(writer)
     await backup_to(place.database, tmp_path / "older.db")
@@ -352,6 +352,7 @@ async def test_a_lost_database_is_rebuilt_exactly_while_running(
     async with asyncio.timeout(20):
         while len(place.heard) < 2:
             await writer.step()
+            place.now += 1
     assert place.heard[1] == ("ok", "")
     assert writer.applied == place.live.state.lsn
     assert await verify(place.database) == []
@@ -408,28 +409,29 @@ async def test_damage_that_was_met_once_is_not_forgotten_by_opening_anew(place):
 
 async def test_a_damaged_database_is_rebuilt_too(place, backups):
     place.live.requests(3000)
-    writer = place.writer(rebuild=partial(backups.rebuild, place.database))
+    writer = place.writer(rebuild=partial(backups.rebuild, place.database, place.journal.ledger_id))
     await catch_up(writer)
     await backups.make(place.database)
     await place.database.reopen()
     spoil(place.path, 60)
     await place.database.reopen()
     place.live.requests(10)
-    for _ in range(3):
+    for _ in range(6):
         await writer.step()
+        place.now += 1
     assert [state for state, _ in place.heard] == ["lost", "ok"]
     assert await verify(place.database) == []
     assert writer.applied == place.live.state.lsn
 
 
 async def test_a_rebuilding_that_does_not_last_is_not_tried_over_and_over(place, backups, tmp_path):
-    writer = place.writer(rebuild=partial(backups.rebuild, place.database))
+    writer = place.writer(rebuild=partial(backups.rebuild, place.database, place.journal.ledger_id))
     some(place)
     await catch_up(writer)
     await backups.make(place.database)
     for _ in range(3):
         overwrite(place.path)
-        for _ in range(3):
+        for _ in range(6):
             await writer.step()
             writer.tick()
             place.now += 1
@@ -443,7 +445,7 @@ async def test_a_rebuilding_that_does_not_last_is_not_tried_over_and_over(place,
 
 
 async def test_a_damaged_backup_is_passed_over_for_the_one_before(place, backups):
-    writer = place.writer(rebuild=partial(backups.rebuild, place.database))
+    writer = place.writer(rebuild=partial(backups.rebuild, place.database, place.journal.ledger_id))
     for turn in range(2):
         some(place, turn)
         await catch_up(writer)
@@ -454,6 +456,7 @@ async def test_a_damaged_backup_is_passed_over_for_the_one_before(place, backups
         while len(place.heard) < 2:
             writer.tick()
             await writer.step()
+            place.now += 1
     assert [state for state, _ in place.heard] == ["lost", "ok"]
     assert writer.applied == place.live.state.lsn
     assert await verify(place.database) == []
@@ -462,7 +465,7 @@ async def test_a_damaged_backup_is_passed_over_for_the_one_before(place, backups
 async def test_without_a_backup_that_the_journal_can_follow_nothing_is_touched(
     place, backups, tmp_path
 ):
-    writer = place.writer(rebuild=partial(backups.rebuild, place.database))
+    writer = place.writer(rebuild=partial(backups.rebuild, place.database, place.journal.ledger_id))
     some(place)
     await catch_up(writer)
     await backups.make(place.database)
@@ -473,10 +476,62 @@ async def test_without_a_backup_that_the_journal_can_follow_nothing_is_touched(
     drop(place, writer.applied)
     overwrite(place.path)
     harmed = place.path.read_bytes()
-    for _ in range(4):
+    for _ in range(8):
         await writer.step()
         writer.tick()
+        place.now += 1
     assert [state for state, _ in place.heard] == ["lost"]
     assert place.path.read_bytes() == harmed
     assert not list(tmp_path.glob("*aside*"))
     assert not list(tmp_path.glob("*unfinished*"))
+
+
+async def test_the_journal_alone_is_enough_where_it_goes_back_to_the_beginning(place, backups):
+    writer = place.writer(rebuild=partial(backups.rebuild, place.database, place.journal.ledger_id))
+    some(place)
+    await catch_up(writer)
+    exact = settled(await tables(place.database))
+    place.path.unlink()
+    async with asyncio.timeout(20):
+        while len(place.heard) < 2:
+            writer.tick()
+            await writer.step()
+            place.now += 1
+    assert [state for state, _ in place.heard] == ["lost", "ok"]
+    found = settled(await tables(place.database))
+    assert {name: found[name] for name in exact if name != "meta"} == {
+        name: exact[name] for name in exact if name != "meta"
+    }
+    assert await verify(place.database) == []
+
+
+async def test_a_file_that_is_put_back_soon_is_taken_as_it_is(place, backups, tmp_path):
+    writer = place.writer(rebuild=partial(backups.rebuild, place.database, place.journal.ledger_id))
+    some(place)
+    await catch_up(writer)
+    place.path.rename(tmp_path / "elsewhere")
+    for _ in range(3):
+        writer.tick()
+        await writer.step()
+        place.now += 0.9
+    (tmp_path / "elsewhere").rename(place.path)
+    for _ in range(2):
+        await writer.step()
+    assert [state for state, _ in place.heard] == ["lost", "ok"]
+    assert not list(tmp_path.glob("gwproxy.db.aside*"))
+
+
+async def test_damage_outlasts_a_rebuilding_that_is_not_possible(place, backups):
+    """The file is not taken for good because there is nothing better."""
+    writer = place.writer(rebuild=partial(backups.rebuild, place.database, place.journal.ledger_id))
+    place.live.requests(3000)
+    await catch_up(writer)
+    drop(place, writer.applied)
+    await place.database.reopen()
+    spoil(place.path, 60)
+    await place.database.reopen()
+    place.live.requests(10)
+    for _ in range(8):
+        await writer.step()
+        place.now += 1
+    assert [state for state, _ in place.heard] == ["lost"]

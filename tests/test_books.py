@@ -159,7 +159,7 @@ def test_any_small_budget_is_a_reason_to_count(office: Office, scope: str) -> No
         case "provider":
             office.accounts.terms = Terms(provider_daily={"b": 1_000})
         case "outage":
-            office.database_lost = True
+            office.outage.lost = True
             office.change_organization(fallback_daily_limit=1_000)
     quote = office.quote("a/cheap", "b/dear")
     assert quote.counted == PROMPT
@@ -269,7 +269,7 @@ def test_a_refusal_says_its_scope_and_what_would_fit_there(office: Office, scope
         case "provider":
             office.accounts.terms = Terms(provider_daily={"a": limit})
         case "outage":
-            office.database_lost = True
+            office.outage.lost = True
             office.change_organization(fallback_daily_limit=limit, failure_mode=FailureMode.OPEN)
     error = refusal(office, max_tokens=124)
     assert (error.scope, error.code) == (scope, "request_exceeds_remaining")
@@ -552,7 +552,7 @@ def test_no_budget_is_ever_overdrawn(
             failure_mode=FailureMode.OPEN,
         )
         office.change_key(monthly_limit=limits["key"])
-        office.database_lost = outage
+        office.outage.lost = outage
         other = ApiKey(
             key_id="key_2",
             user_id="alice",
@@ -869,7 +869,7 @@ def test_in_an_outage_the_closed_are_refused_and_the_open_have_a_budget_a_day(
     office: Office,
 ) -> None:
     office.accounts.terms = Terms(outage_daily=200_000)
-    office.database_lost = True
+    office.outage.lost = True
     with pytest.raises(StorageUnavailable) as caught:
         office.reserve(max_tokens=10)
     assert caught.value.retry_after_s
@@ -887,17 +887,17 @@ def test_in_an_outage_the_closed_are_refused_and_the_open_have_a_budget_a_day(
     assert office.balance("outage:acme", DAY) == (160_000, 0)
     assert refusal(office, max_tokens=20).scope == "outage"
     # Between two outages of one day nothing is counted there, and nothing forgotten.
-    office.database_lost = False
+    office.outage.lost = False
     office.spend(100_000)
     assert office.balance("outage:acme", DAY) == (160_000, 0)
-    office.database_lost = True
+    office.outage.lost = True
     assert refusal(office, max_tokens=20).scope == "outage"
     office.clocks.pass_s(86_400)
     office.reserve(max_tokens=20)
 
 
 def test_the_mode_of_all_holds_for_who_has_none_of_his_own(office: Office) -> None:
-    office.database_lost = True
+    office.outage.lost = True
     office.accounts.terms = Terms(failure_mode=FailureMode.OPEN, outage_daily=USD)
     assert office.reserve(max_tokens=1).degraded
     office.change_organization(failure_mode=FailureMode.CLOSED)
@@ -907,10 +907,10 @@ def test_the_mode_of_all_holds_for_who_has_none_of_his_own(office: Office) -> No
 
 def test_a_stream_of_an_outage_extends_its_hold_there_too(office: Office) -> None:
     office.accounts.terms = Terms(failure_mode=FailureMode.OPEN, outage_daily=3_000 * OUTPUT)
-    office.database_lost = True
+    office.outage.lost = True
     reservation = office.reserve()
     answered(reservation)
-    office.database_lost = False
+    office.outage.lost = False
     for _ in range(1_500):
         relays(reservation, 1)
     assert office.balance("outage:acme", DAY)[1] >= 1_500 * OUTPUT

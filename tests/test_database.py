@@ -239,7 +239,7 @@ async def test_the_database_of_another_program_is_refused(path):
 
 async def test_a_file_that_is_no_database_is_refused_with_the_cure(path):
     path.write_bytes(b"these are not the pages you are looking for" * 100)
-    with pytest.raises(DatabaseRefused, match=r"not a database.*restore a backup"):
+    with pytest.raises(DatabaseRefused, match=r"not a database.*Restore a backup"):
         await opened(path)
     assert path.read_bytes().startswith(b"these are not")
 
@@ -251,7 +251,7 @@ async def test_a_damaged_page_is_found_at_opening(path):
     pages = path.read_bytes()
     assert len(pages) > 20 * 4096
     path.write_bytes(pages[: 15 * 4096] + b"\xa5" * 4096 + pages[16 * 4096 :])
-    with pytest.raises(DatabaseRefused, match="restore a backup"):
+    with pytest.raises(DatabaseRefused, match="Restore a backup"):
         await opened(path)
 
 
@@ -532,7 +532,7 @@ async def test_a_file_that_was_written_to_from_outside_takes_no_more_writes(path
 
 
 async def test_a_database_that_was_there_is_never_made_anew(path):
-    with pytest.raises(DatabaseRefused, match=r"missing or empty.*restore a backup"):
+    with pytest.raises(DatabaseRefused, match=r"missing or empty.*Restore a backup"):
         await Database.open(path, create=False)
     path.touch()
     with pytest.raises(DatabaseRefused, match="missing or empty"):

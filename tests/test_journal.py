@@ -111,6 +111,9 @@ class Disk:
     def listdir(self, directory):
         return [path.name for path in self.names if path.parent == directory]
 
+    def stands(self, fd, path):
+        return self.names.get(path) is self.fds[fd]
+
     def rename(self, old, new):
         self.names[new] = self.names.pop(old)
 

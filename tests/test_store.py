@@ -2,6 +2,9 @@
 
 import io
 import random
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from gwproxy.log import Log
 from gwproxy.state.store import Kept, opened
 from gwproxy.storage.database import DatabaseRefused
 from gwproxy.storage.segments import JournalRefused
+from gwproxy.storage.verify import findings
 from tests.office import Disk
 
 
@@ -42,10 +46,89 @@ async def test_what_was_recorded_is_there_in_the_next_life(tmp_path: Path) -> No
     assert await live(tmp_path, "ben") == {"ann", "ben"}
 
 
-async def test_a_database_that_is_gone_is_no_fresh_start(tmp_path: Path) -> None:
+LOSSES: dict[str, Callable[[Path], None]] = {
+    "gone": lambda path: move(path.parent, f"{path.name}*"),
+    "empty": lambda path: path.write_bytes(b"") and None,
+    "noise": lambda path: path.write_bytes(random.Random(1).randbytes(50_000)) and None,
+    "damaged": lambda path: damage(path),
+}
+
+
+def damage(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xa5" * 8192)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+async def test_a_database_that_is_lost_is_made_again_from_the_journal(
+    tmp_path: Path, loss: str
+) -> None:
+    await live(tmp_path, "ann", "ben")
+    path = tmp_path / "gwproxy.db"
+    LOSSES[loss](path)
+    harmed = path.read_bytes() if path.exists() else b""
+    assert await live(tmp_path, "cid") == {"ann", "ben", "cid"}
+    assert await live(tmp_path) == {"ann", "ben", "cid"}
+    if harmed:
+        assert (tmp_path / "gwproxy.db.aside-1").read_bytes() == harmed  # never deleted
+    with closing(sqlite3.connect(path)) as connection:
+        assert [*findings(connection)] == []
+
+
+async def back_up(folder: Path) -> None:
+    """A backup, and the journal cut to what is behind it."""
+    async with opened(at(folder), Log(io.StringIO(), "error"), files=Disk()) as store:
+        mark = await store._backups.make(store.database)
+        await store._upkeep.drop(mark.lsn)
+        assert store.journal.trail().segments[0].first_lsn > 1
+
+
+async def test_it_is_made_again_from_the_newest_backup(tmp_path: Path) -> None:
     await live(tmp_path, "ann")
+    await live(tmp_path, "ben")
+    await back_up(tmp_path)
+    older = (tmp_path / "gwproxy.db").read_bytes()
+    await live(tmp_path, "cid")
     move(tmp_path, "gwproxy.db*")
-    with pytest.raises(DatabaseRefused):
+    assert await live(tmp_path) == {"ann", "ben", "cid"}
+    # An older copy of it is brought up to now; one that is too old for that is no better than none.
+    (tmp_path / "gwproxy.db").write_bytes(older)
+    assert await live(tmp_path) == {"ann", "ben", "cid"}
+
+
+async def test_a_copy_that_is_too_old_for_the_journal_makes_way_for_a_backup(
+    tmp_path: Path,
+) -> None:
+    await live(tmp_path, "ann")
+    older = (tmp_path / "gwproxy.db").read_bytes()
+    await live(tmp_path, "ben")
+    await back_up(tmp_path)
+    (tmp_path / "gwproxy.db").write_bytes(older)
+    assert await live(tmp_path) == {"ann", "ben"}
+    assert (tmp_path / "gwproxy.db.aside-1").exists()
+
+
+async def test_without_backup_and_beginning_a_database_that_is_gone_is_refused(
+    tmp_path: Path,
+) -> None:
+    await live(tmp_path, "ann")
+    await back_up(tmp_path)
+    move(tmp_path, "gwproxy.db*")
+    move(tmp_path / "journal", "backup-*")
+    with pytest.raises(
+        DatabaseRefused, match=r"could not be rebuilt: .*there is no backup.*has no 1\."
+    ):
+        await live(tmp_path)
+    assert not (tmp_path / "gwproxy.db").exists()
+
+
+async def test_with_a_backup_and_nothing_else_nobody_begins_anew(tmp_path: Path) -> None:
+    await live(tmp_path, "ann")
+    await back_up(tmp_path)
+    move(tmp_path, "gwproxy.db*")
+    move(tmp_path / "journal", "*.journal")
+    with pytest.raises(DatabaseRefused, match="is missing too"):
         await live(tmp_path)
     assert not (tmp_path / "gwproxy.db").exists()
 

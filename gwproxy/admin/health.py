@@ -1,4 +1,7 @@
-"""Health and metrics: what monitors ask, answered from memory."""
+"""Health and metrics: what monitors ask, answered from memory.
+
+Readiness tells states and no causes: anybody may ask for it. The causes are in the log.
+"""
 
 from collections.abc import Callable
 
@@ -6,25 +9,33 @@ import orjson
 from aiohttp import web
 
 from gwproxy.metrics import CONTENT_TYPE, Metrics
+from gwproxy.state.outage import Condition
 
 _OK = orjson.dumps({"status": "ok"})
 
 
 class Health:
-    """`draining` says whether the process is on its way out."""
+    """`condition` says how the process stands."""
 
-    def __init__(self, metrics: Metrics, draining: Callable[[], bool]) -> None:
+    def __init__(self, metrics: Metrics, condition: Callable[[], Condition]) -> None:
         self._metrics = metrics
-        self._draining = draining
+        self._condition = condition
 
     async def live(self, request: web.BaseRequest) -> web.StreamResponse:
         return web.Response(body=_OK, content_type="application/json")
 
     async def ready(self, request: web.BaseRequest) -> web.StreamResponse:
-        if self._draining():
-            body = orjson.dumps({"status": "draining"})
-            return web.Response(status=503, body=body, content_type="application/json")
-        return web.Response(body=_OK, content_type="application/json")
+        condition = self._condition()
+        state = {
+            "status": condition.status,
+            "journal": "ok" if condition.journal is None else "lost",
+            "database": "ok" if condition.database is None else "lost",
+        }
+        return web.Response(
+            status=200 if condition.ready else 503,
+            body=orjson.dumps(state),
+            content_type="application/json",
+        )
 
     async def metrics(self, request: web.BaseRequest) -> web.StreamResponse:
         return web.Response(body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})

@@ -5,16 +5,21 @@ exit code; what they print never has a secret in it.
 """
 
 import argparse
+import asyncio
 import os
 import sys
 from typing import Any
 
 import orjson
 
+from gwproxy.app import terms
 from gwproxy.config import Config, ConfigError, Model, Problem, Provider, find_config, load
 from gwproxy.core.money import format_usd
 from gwproxy.core.routing import CATALOGUE
 from gwproxy.core.upstream_words import CHAT_PATHS
+from gwproxy.storage import inspect
+from gwproxy.storage.database import DatabaseRefused
+from gwproxy.storage.directory import organizations
 
 FINE = 0
 WRONG_CONFIGURATION = 2
@@ -24,7 +29,8 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     parser = subparsers.add_parser(
         "check-config",
         help="check the configuration and say what it means",
-        description="Reads the configuration and the environment, starts nothing, sends nothing.",
+        description="Reads the configuration, the environment and the database, starts nothing, "
+        "sends nothing.",
     )
     parser.add_argument("--config", metavar="FILE", help="default: $GWPROXY_CONFIG, ./config.toml")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -79,6 +85,7 @@ def lines(config: Config) -> list[str]:
             f"{config.failure.mode}; open costs at most "
             f"${_dollars(config.failure.fallback_daily_limit_usd)} per organization and day",
         ),
+        ("outage, at worst", _worst_case_line(config)),
         ("database", str(storage.path)),
         ("journal", f"{storage.journal} (synchronous = {storage.synchronous})"),
         (
@@ -145,6 +152,7 @@ def summary(config: Config) -> dict[str, Any]:
         "failure": {
             "mode": config.failure.mode,
             "fallback_daily_limit_usd": format_usd(config.failure.fallback_daily_limit_usd),
+            "worst_case": _worst_case(config),
         },
         "storage": {
             "path": str(storage.path),
@@ -173,6 +181,28 @@ def _provider_line(provider: Provider, root: str) -> str:
     return ", ".join(words)
 
 
+def _worst_case(config: Config) -> dict[str, Any] | None:
+    """What a day without the database can cost, by the organizations that are there now; None:
+    there is no database to find them in."""
+    try:
+        with inspect.tables(config.storage.path) as tables:
+            found = asyncio.run(tables.run(organizations))
+    except DatabaseRefused:
+        return None
+    count, nanos = terms(config).worst_case(found)
+    return {"organizations_served": count, "usd_per_day": format_usd(nanos)}
+
+
+def _worst_case_line(config: Config) -> str:
+    found = _worst_case(config)
+    if found is None:
+        return "nothing yet: there is no database, and so no organization"
+    count = found["organizations_served"]
+    dollars = _dollars_of(found["usd_per_day"])
+    plural = "" if count == 1 else "s"
+    return f"${dollars} a day, with {count} organization{plural} served open"
+
+
 def _chain_line(model: Model) -> str:
     return " -> ".join(
         f"{entry.provider}/{entry.model}" + (f" (weight {entry.weight})" if entry.weight else "")
@@ -181,8 +211,12 @@ def _chain_line(model: Model) -> str:
 
 
 def _dollars(amount: int) -> str:
+    return _dollars_of(format_usd(amount))
+
+
+def _dollars_of(text: str) -> str:
     """Exact, with at least two decimals."""
-    whole, _, fraction = format_usd(amount).partition(".")
+    whole, _, fraction = text.partition(".")
     return f"{whole}.{fraction.rstrip('0'):0<2}"
 
 

@@ -50,6 +50,8 @@ class Trace:
     """Input, cache reads, cache writes, output, and the reasoning that is part of the output."""
     cost_nanos: int | None = None
     price_version: str = ""
+    degraded: bool = False
+    """Let in, or refused by the outage's own budget, while the database was lost."""
     log_id: str = ""
     """The upstream's own id of its log record, known as soon as its head is."""
 
@@ -101,6 +103,7 @@ class Trace:
             self.log_id,
             self.error_type,
             self.error_code if self.error_type else msgspec.UNSET,
+            self.degraded,
         )
         return _encode(line)[1:-1].decode()
 
@@ -151,6 +154,7 @@ class _Line(msgspec.Struct, omit_defaults=True, gc=False):
     cf_aig_log_id: str = ""
     error_type: str = ""
     error_code: str | msgspec.UnsetType | None = msgspec.UNSET
+    degraded: bool = False
 
 
 _encode: Final = msgspec.json.Encoder().encode

@@ -18,6 +18,7 @@ from gwproxy.proxy.answer import json_answer
 from gwproxy.state.accounts import Accounts, figures
 from gwproxy.state.keyring import Keyring
 from gwproxy.state.ledger import Ledger
+from gwproxy.state.outage import Outage
 
 LAST: Final = 20
 """Requests that the usage view shows."""
@@ -31,6 +32,7 @@ class AccountHandler:
         keyring: Keyring,
         accounts: Accounts,
         ledger: Ledger,
+        outage: Outage,
         *,
         find: Callable[[str], Awaitable[Request | None]],
         clock: Callable[[], float],
@@ -39,6 +41,7 @@ class AccountHandler:
         self._keyring = keyring
         self._accounts = accounts
         self._ledger = ledger
+        self._outage = outage
         self._find = find
         self._clock = clock
 
@@ -47,7 +50,8 @@ class AccountHandler:
         principal = trace.principal = self._keyring.authenticate(request.headers, self._clock())
         ledger = self._ledger
         organization = self._keyring.organization_of(principal)
-        scopes = self._accounts.of(principal, organization, ledger.periods())
+        degraded = self._outage.lost and self._accounts.terms.serves_open(organization)
+        scopes = self._accounts.of(principal, organization, ledger.periods(), degraded=degraded)
         updated = rfc3339(ledger.state.t) if ledger.state.lsn else None
         return json_answer(
             {
@@ -59,6 +63,7 @@ class AccountHandler:
                 "as_of_lsn": ledger.state.lsn,
             },
             trace.request_id,
+            degraded=degraded,
         )
 
     async def receipt(
@@ -104,7 +109,6 @@ def receipt(found: Request) -> dict[str, Any]:
         "overrun_usd": format_usd(found.overrun),
         "truncated": found.outcome in ("truncated", "cut"),
         "client_left": found.outcome == "client_left",
-        "degraded": found.degraded,
         "edits": list(found.edits),
         "cf_aig_log_id": found.log_id or None,
     }
@@ -133,4 +137,5 @@ def _line(found: Request) -> dict[str, Any]:
         "provider": found.provider,
         "model": found.upstream_model,
         "cost_usd": None if found.cost is None else format_usd(found.cost),
+        "degraded": found.degraded,
     }

@@ -2,7 +2,7 @@
 figures what is left on them. Reads the keyring and the ledger's state, changes neither.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Final
@@ -10,7 +10,7 @@ from typing import Final
 import msgspec
 
 from gwproxy.core.errors import InsufficientQuota
-from gwproxy.core.identity import ApiKey, FailureMode, Organization, Principal, User
+from gwproxy.core.identity import ApiKey, FailureMode, Organization, Principal, Status, User
 from gwproxy.core.ledger import Account, Balance, State
 from gwproxy.core.money import format_usd, format_usd_short
 from gwproxy.core.period import end_ms, rfc3339
@@ -27,6 +27,24 @@ class Terms:
     failure_mode: FailureMode = FailureMode.CLOSED
     outage_daily: int = 0
     """Per organization and day while the database is lost, where the organization says nothing."""
+
+    def serves_open(self, organization: Organization) -> bool:
+        """Whether it is served while the database is lost."""
+        return (organization.failure_mode or self.failure_mode) is FailureMode.OPEN
+
+    def outage_limit(self, organization: Organization) -> int:
+        """What it may spend on such a day. There is always a limit."""
+        limit = organization.fallback_daily_limit
+        return self.outage_daily if limit is None else limit
+
+    def worst_case(self, organizations: Iterable[Organization]) -> tuple[int, int]:
+        """Of these, how many are served in an outage, and what a day of it can cost at most."""
+        limits = [
+            self.outage_limit(each)
+            for each in organizations
+            if self.serves_open(each) and each.status is Status.ACTIVE and each.deleted_at is None
+        ]
+        return len(limits), sum(limits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +133,16 @@ class Accounts:
             self._own[principal.key_id] = _Own(key, user, organization, own)
         if not degraded:
             return own
-        limit: int | None = organization.fallback_daily_limit
-        if limit is None:
-            limit = self.terms.outage_daily
+        limit = self.terms.outage_limit(organization)
         return (*own, Account(f"outage:{organization.org_id}", day, limit))
+
+    def exposure(self, state: State, day: str) -> int:
+        """Spent and held on that day while the database was lost, by all organizations."""
+        found = [
+            state.balances.get((f"outage:{each.org_id}", day), _UNUSED)
+            for each in self._keyring.organizations_after("")
+        ]
+        return sum(balance.spent + balance.held for balance in found)
 
     def provider(self, name: str, day: str) -> Account:
         return Account(f"provider:{name}", day, self.terms.provider_daily.get(name))

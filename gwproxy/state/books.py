@@ -11,7 +11,7 @@ from typing import Final
 
 from gwproxy.core.errors import ModelNotPriced, StorageUnavailable
 from gwproxy.core.holds import Ask, Short, plan
-from gwproxy.core.identity import FailureMode, Organization, Principal
+from gwproxy.core.identity import Organization, Principal
 from gwproxy.core.learned import Factors, OutputLengths
 from gwproxy.core.ledger import Account, held, left
 from gwproxy.core.limits import limits_of
@@ -27,6 +27,7 @@ from gwproxy.metrics import Metrics
 from gwproxy.state.accounts import Accounts
 from gwproxy.state.keyring import Keyring
 from gwproxy.state.ledger import RETRY_AFTER_S, Ledger, RecordUncertain
+from gwproxy.state.outage import Outage
 from gwproxy.state.rates import Rates
 from gwproxy.state.reservation import Desk, Planned, Priced, Quote, Reservation, Spent
 
@@ -40,7 +41,7 @@ MAXIMUM_BYTES: Final = 40
 
 
 class Books:
-    """Quotes and reservations. `count` is the tokenizer's; `lost` says whether the database is."""
+    """Quotes and reservations. `count` is the tokenizer's; `outage` says whether there is one."""
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class Books:
         *,
         count: Callable[[str], int],
         durable: Callable[[int], Awaitable[None]],
-        lost: Callable[[], bool],
+        outage: Outage,
         metrics: Metrics,
         log: Log,
     ) -> None:
@@ -67,7 +68,7 @@ class Books:
         self._lengths = lengths
         self._factors = factors
         self._count = count
-        self._lost = lost
+        self._outage = outage
         self._metrics = metrics
         self._log = log
         self._desk = Desk(ledger, keyring, accounts, count, durable, self._settled)
@@ -100,7 +101,7 @@ class Books:
             bound += MAXIMUM_BYTES
         month_and_day = self.ledger.periods()
         accounts = (
-            *self.accounts.of(principal, organization, month_and_day, degraded=self._lost()),
+            *self.accounts.of(principal, organization, month_and_day, degraded=self._outage.lost),
             *[self.accounts.provider(each.provider.name, month_and_day[1]) for each, _ in rated],
         )
         room = left(self.ledger.state, accounts)
@@ -154,6 +155,8 @@ class Books:
         ledger = self.ledger
         organization = self._keyring.organization_of(principal)
         degraded = self._degraded(organization)
+        if degraded:
+            trace.degraded = True
         ledger.admit()
         stamp = ledger.stamp()  # one look at the clock for all of it
         month_and_day = periods(stamp["t"])
@@ -232,6 +235,8 @@ class Books:
         except StorageUnavailable:
             rates.undo()
             raise
+        if degraded:
+            self._outage.served += 1
         return Reservation(
             self._desk,
             principal,
@@ -246,9 +251,10 @@ class Books:
 
     def _degraded(self, organization: Organization) -> bool:
         """Whether the database is lost and this organization is served all the same."""
-        if not self._lost():
+        if not self._outage.lost:
             return False
-        if (organization.failure_mode or self.accounts.terms.failure_mode) is FailureMode.CLOSED:
+        if not self.accounts.terms.serves_open(organization):
+            self._outage.refused += 1
             raise StorageUnavailable(
                 "The gateway's database is not available at the moment.",
                 retry_after_s=RETRY_AFTER_S,

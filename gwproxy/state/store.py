@@ -7,7 +7,6 @@ has been judged; nobody is served before what a process before left open has bee
 import asyncio
 import contextlib
 import enum
-import functools
 import os
 import secrets
 import time
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
+from gwproxy.core import records
 from gwproxy.core.errors import StorageUnavailable
 from gwproxy.core.identity import Below
 from gwproxy.core.ledger import BrokenLedger, Request, State, apply
@@ -25,16 +25,31 @@ from gwproxy.log import Log
 from gwproxy.state.directory import Directory
 from gwproxy.state.keyring import Keyring
 from gwproxy.state.ledger import Clock, Ledger, Recent
+from gwproxy.state.outage import Condition, Outage
 from gwproxy.state.upkeep import Upkeep
 from gwproxy.storage import directory as storage
 from gwproxy.storage import reports
-from gwproxy.storage.backup import BackupRefused, Backups
-from gwproxy.storage.database import Database
+from gwproxy.storage.backup import Backups, CanFollow
+from gwproxy.storage.database import (
+    BackupRefused,
+    Database,
+    DatabaseGone,
+    DatabaseRefused,
+    refusal,
+)
 from gwproxy.storage.files import OS_FILES, Files
 from gwproxy.storage.journal import Journal
-from gwproxy.storage.ledger import Mark, Storage, Writer, begin_epoch, load_state, read_mark
+from gwproxy.storage.ledger import (
+    Mark,
+    Mismatch,
+    Storage,
+    Writer,
+    begin_epoch,
+    load_state,
+    read_mark,
+)
 from gwproxy.storage.scan import Scan, boot_id, claim, scan
-from gwproxy.storage.segments import CHUNK_BYTES, Gap, JournalRefused
+from gwproxy.storage.segments import CHUNK_BYTES, Cursor, Gap, JournalRefused
 
 CATCH_UP_S: Final = 10.0
 """On the way out the database gets so long to take what the journal has; the rest comes with the
@@ -110,6 +125,7 @@ class Store:
         self.clock = clock
         self.recovery = recovery
         self.durable = durable
+        self.outage = Outage()
         self._upkeep = upkeep
         self._backups = backups
         self._log = log
@@ -123,7 +139,7 @@ class Store:
             breathe=_breathe,
             now=time.monotonic,
             on_change=self._database_changed,
-            rebuild=functools.partial(backups.rebuild, database),
+            rebuild=self._rebuild,
         )
         ledger.posted = self.writer.wake
 
@@ -147,17 +163,37 @@ class Store:
         and is not is done without, and what only it knew is lost.
         """
         async with contextlib.AsyncExitStack() as undo:
+            lock = -1
+
+            def claimed() -> int:
+                nonlocal lock
+                if lock < 0:
+                    lock = claim(kept.journal)
+                    undo.callback(os.close, lock)
+                return lock
+
+            async def rebuild(gone: DatabaseGone) -> Callable[[Path], None]:
+                claimed()
+                return await _rebuilt_at_start(kept, files, log, gone)
+
             # Where there is a journal there has been a database: a disk that is not mounted must
             # not pass for a fresh start.
-            fresh = not any(kept.journal.glob("*.journal"))
-            database = await undo.enter_async_context(
-                await Database.open(kept.database, create=fresh)
-            )
-            lock = claim(kept.journal)
-            undo.callback(os.close, lock)
-            store = await cls._open(
-                kept, database, lock, log, files, below=below, wall=wall, accept_loss=accept_loss
-            )
+            fresh = not (any(kept.journal.glob("*.journal")) or _backups(kept).any)
+            opening = Database.open(kept.database, create=fresh, rebuild=None if fresh else rebuild)
+            database = await undo.enter_async_context(await opening)
+            try:
+                store = await cls._open(
+                    kept,
+                    database,
+                    claimed(),
+                    log,
+                    files,
+                    below=below,
+                    wall=wall,
+                    accept_loss=accept_loss,
+                )
+            except StorageUnavailable as error:
+                raise refusal(kept.database, error.__cause__) from error
             undo.pop_all()
         store._start(group)
         return store
@@ -179,6 +215,8 @@ class Store:
         mark = await read_mark(database)
         found = await asyncio.to_thread(scan, files, kept.journal, booted, mark.lsn)
         _check_pair(kept, found, mark, accept_loss)
+        backups = _backups(kept)
+        mark = await _not_older(database, backups, found, mark, log)
         mark = await begin_epoch(database, found.ledger_id or secrets.token_hex(8), found.epoch)
 
         keyring = Keyring()
@@ -222,9 +260,7 @@ class Store:
             keyring=keyring,
             directory=Directory(ledger, keyring, below, durable),
             upkeep=upkeep,
-            backups=Backups(
-                kept.journal, every_s=kept.backup_every_h * 3600, keep=kept.keep_backups
-            ),
+            backups=backups,
             clock=clock,
             recovery=recovery,
             durable=durable,
@@ -244,7 +280,12 @@ class Store:
     @property
     def lost(self) -> bool:
         """Whether the database is; the journal says for itself whether it is."""
-        return self.writer.state is Storage.LOST
+        return self.outage.lost
+
+    def condition(self, *, draining: bool, closed: bool) -> Condition:
+        """How all of it stands. `closed`: as configured for organizations that do not say."""
+        database = self.outage.cause if self.outage.lost else None
+        return Condition(draining, self.journal.lost, database, closed)
 
     async def find_request(self, request_id: str) -> Request | None:
         """A request that memory does not have any more."""
@@ -284,12 +325,30 @@ class Store:
                 with contextlib.suppress(StorageUnavailable):
                     self.ledger.pay()
 
+    async def _rebuild(self, can_follow: CanFollow) -> None:
+        """Put a good database in the place of one that is lost; BackupRefused."""
+        try:
+            source = await self._backups.rebuild(self.database, self.journal.ledger_id, can_follow)
+        except BackupRefused as error:
+            self._log.event("error", "database not rebuilt", cause=str(error))
+            raise
+        self._log.event("warning", "database rebuilt", source=source)
+
     def _database_changed(self, state: Storage, cause: str) -> None:
-        lost = state is Storage.LOST
-        level, event = ("error", "database lost") if lost else ("info", "database recovered")
-        failure = self.writer.failure if lost else None
-        exception = type(failure.__cause__ or failure).__name__ if failure else None
-        self._log.event(level, event, cause=cause or None, exception=exception)
+        now_s, applied = time.monotonic(), self.writer.applied
+        if state is Storage.LOST:
+            self.outage.begin(cause, now_s, applied)
+            failure = self.writer.failure
+            exception = type(failure.__cause__ or failure).__name__ if failure else None
+            self._log.event("error", "database lost", cause=cause, exception=exception)
+        else:
+            report = self.outage.end(now_s, applied)
+            self._log.event("info", "database recovered", **report)
+        with contextlib.suppress(StorageUnavailable):  # the log has it in any case
+            self.ledger.admit()  # the room that is left may belong to settlements
+            self.ledger.post(
+                records.Storage(**self.ledger.stamp(), part="database", state=state, cause=cause)
+            )
 
     # -- closing -----------------------------------------------------------------------------
 
@@ -361,6 +420,62 @@ def _check_pair(kept: Kept, found: Scan, mark: Mark, accept_loss: bool) -> None:
         )
 
 
+def _backups(kept: Kept) -> Backups:
+    return Backups(kept.journal, every_s=kept.backup_every_h * 3600, keep=kept.keep_backups)
+
+
+def _follow(found: Scan, mark: Mark) -> Cursor:
+    """Where the journal goes on after a database with this mark; Gap or Mismatch."""
+    if mark.ledger_id != found.ledger_id:
+        raise Mismatch("it belongs to another ledger than the journal")
+    cursor = found.trail.find(mark.lsn)
+    if cursor.chain != mark.chain:
+        raise Mismatch(f"record {mark.lsn} is not the one of that number in the journal")
+    return cursor
+
+
+async def _rebuilt_at_start(
+    kept: Kept, files: Files, log: Log, gone: DatabaseGone
+) -> Callable[[Path], None]:
+    """What puts a database in the place of one that is gone; DatabaseRefused."""
+    found = await asyncio.to_thread(scan, files, kept.journal, boot_id(files), 0)
+    if not found.trail.segments:
+        raise DatabaseRefused(f"{gone} It could not be rebuilt: {kept.journal} is missing too.")
+    try:
+        source, place = await _backups(kept).chosen(found.ledger_id, _following(found))
+    except BackupRefused as error:
+        raise DatabaseRefused(f"{gone} It could not be rebuilt: {error}") from error
+    log.event("warning", "database rebuilt", source=source, cause=str(gone))
+    return place
+
+
+async def _not_older(
+    database: Database, backups: Backups, found: Scan, mark: Mark, log: Log
+) -> Mark:
+    """The database's mark; of an older copy, which the journal cannot bring up to now, that of the
+    backup that takes its place."""
+    if not found.trail.segments or found.trail.end.lsn < mark.lsn:
+        return mark
+    try:
+        await asyncio.to_thread(found.trail.find, mark.lsn)
+    except Gap as gap:
+        try:
+            source = await backups.rebuild(database, found.ledger_id, _following(found))
+        except BackupRefused:
+            return mark  # which is told with what is missing
+        await database.reopen(check=True)
+        log.event("warning", "database rebuilt", source=source, cause=str(gap))
+        return await read_mark(database)
+    return mark
+
+
+def _following(found: Scan) -> CanFollow:
+    async def can_follow(mark: Mark) -> object:
+        return await asyncio.to_thread(_follow, found, mark)
+
+    return can_follow
+
+
 def _replay(kept: Kept, found: Scan, mark: Mark, state: State, recent: Recent) -> int:
     """Apply what the database does not have yet: how many records. Until it has them, the requests
     among them are found in `recent`."""
@@ -368,17 +483,17 @@ def _replay(kept: Kept, found: Scan, mark: Mark, state: State, recent: Recent) -
     if not trail.segments or trail.end.lsn < mark.lsn:
         return 0
     try:
-        cursor = trail.find(mark.lsn)
+        cursor = _follow(found, mark)
     except Gap as gap:
         raise JournalRefused(
             f"{kept.journal}: {gap}, and {kept.database} has none before. Restore the newest "
-            "backup of the database."
+            "backup of the database: `gwproxy restore FILE`."
         ) from gap
-    if cursor.chain != mark.chain:
+    except Mismatch as mismatch:
         raise JournalRefused(
-            f"{kept.database}: record {mark.lsn} is not the one of that number in {kept.journal}. "
+            f"{kept.database}: {mismatch}, {kept.journal}. "
             "Set [storage] path and journal to two that belong together."
-        )
+        ) from mismatch
     while cursor.lsn < trail.end.lsn:
         payloads, cursor = trail.read(cursor, _PAGE, CHUNK_BYTES)
         for payload in payloads:

@@ -132,6 +132,7 @@ class Upkeep:
     async def _watch(self) -> None:
         journal = self._journal
         while True:
+            journal.look()
             if journal.synced == journal.next_lsn - 1:
                 self._unsynced_since = None
             elif self._unsynced_since is None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-from gwproxy.storage.database import Database
+from gwproxy.storage.database import BackupRefused, Database, packaged
 from gwproxy.storage.files import OS_FILES
 from gwproxy.storage.ledger import Mark, Mismatch, mark_of
 from gwproxy.storage.segments import Gap
@@ -30,10 +30,6 @@ SOONEST_S: Final = 60.0
 
 _NAME: Final = re.compile(r"backup-(\d{20})\.db")
 _UNFINISHED: Final = ".unfinished"
-
-
-class BackupRefused(Exception):
-    """It could not be made, or is not to be trusted. The message names the file."""
 
 
 async def backup_to(database: Database, file: Path) -> Mark:
@@ -108,22 +104,37 @@ def restore(backup: Path, path: Path) -> Mark:
     Whoever has the old one open must do this through `Database.replace`.
     """
     mark = checked(backup)
-    _place(backup, path)
+    _place(partial(_copy, backup), path)
     return mark
 
 
-def _place(backup: Path, path: Path) -> None:
+def _copy(backup: Path, file: Path) -> None:
+    shutil.copyfile(backup, file)
+
+
+def _begin(ledger_id: str, file: Path) -> None:
+    """A database of this ledger in which there is nothing yet."""
+    with closing(sqlite3.connect(file, isolation_level=None)) as connection:
+        for migration in packaged():
+            connection.executescript(
+                f"BEGIN;\n{migration.sql}\nPRAGMA user_version = {migration.version};\nCOMMIT;"
+            )
+        connection.execute("UPDATE meta SET ledger_id = ?", (ledger_id,))
+
+
+def _place(fill: Callable[[Path], None], path: Path) -> None:
+    """Put a file that `fill` writes at `path`, as `restore` does."""
     unfinished = path.with_name(path.name + _UNFINISHED)
     try:
         unfinished.unlink(missing_ok=True)
         os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        shutil.copyfile(backup, unfinished)
+        fill(unfinished)
         _to_disk(unfinished)
         set_aside(path)
         unfinished.rename(path)
         OS_FILES.fsync_directory(path.parent)
-    except OSError as error:
-        raise BackupRefused(f"{path}: {backup} could not be put there: {error}.") from error
+    except (OSError, sqlite3.Error) as error:
+        raise BackupRefused(f"{path}: it could not be put there: {error}.") from error
     finally:
         with suppress(OSError):
             unfinished.unlink()
@@ -142,6 +153,9 @@ def set_aside(path: Path) -> None:
     for old, new in names:
         if os.path.lexists(old):
             old.rename(new)
+
+
+CanFollow = Callable[[Mark], Awaitable[object]]
 
 
 class Backups:
@@ -190,25 +204,45 @@ class Backups:
         newest = self.newest()
         return 0 if newest is None else min(applied_lsn, newest[1].lsn)
 
-    async def rebuild(
-        self, database: Database, can_follow: Callable[[Mark], Awaitable[object]]
-    ) -> None:
-        """Put the newest good backup in the place of a database that is lost, when the journal can
-        go on from it: `can_follow` raises where it cannot. BackupRefused."""
-        refused: Exception = BackupRefused(f"{self._folder}: there is no backup.")
+    async def rebuild(self, database: Database, ledger_id: str, can_follow: CanFollow) -> str:
+        """Put what `chosen` finds in the place of a database that is lost; what it was."""
+        source, place = await self.chosen(ledger_id, can_follow)
+        await database.replace(place)
+        return source
+
+    async def chosen(
+        self, ledger_id: str, can_follow: CanFollow
+    ) -> tuple[str, Callable[[Path], None]]:
+        """The newest good backup from which the journal can go on, else an empty database where the
+        journal goes back to the ledger's beginning; and what puts it in a place. BackupRefused.
+
+        `can_follow` raises Gap or Mismatch where the journal cannot.
+        """
+        refused = "there is no backup"
         for file in self._files():
             try:
                 await can_follow(await asyncio.to_thread(checked, file))
             except (BackupRefused, Gap, Mismatch) as error:
-                refused = error
+                refused = str(error).rstrip(".")
                 continue
-            await database.replace(partial(_place, file))
-            return
-        raise refused
+            return str(file), partial(_place, partial(_copy, file))
+        try:
+            await can_follow(Mark(ledger_id, epoch=0, lsn=0, chain=0, t=0))
+        except (Gap, Mismatch) as error:
+            raise BackupRefused(f"{self._folder}: {refused}, and {error}.") from error
+        return "the journal alone", partial(_place, partial(_begin, ledger_id))
+
+    @property
+    def any(self) -> bool:
+        """Whether there is one, good or not."""
+        return bool(self._files())
 
     def _files(self) -> list[Path]:
         """Newest first."""
-        names = [name for name in os.listdir(self._folder) if _NAME.fullmatch(name)]
+        try:
+            names = [name for name in os.listdir(self._folder) if _NAME.fullmatch(name)]
+        except OSError:
+            names = []  # told by whoever writes there
         return [self._folder / name for name in sorted(names, reverse=True)]
 
 

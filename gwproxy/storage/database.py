@@ -9,7 +9,7 @@ as DatabaseRefused, with the cure.
 import asyncio
 import os
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
@@ -85,8 +85,16 @@ class DatabaseInUse(DatabaseRefused):
     """Another process holds it: most often the running server."""
 
 
-class DatabaseDamaged(DatabaseRefused):
+class DatabaseGone(DatabaseRefused):
+    """There is no file, or one that is no database: a backup may take its place."""
+
+
+class DatabaseDamaged(DatabaseGone):
     """A page of it does not hold what SQLite has written there."""
+
+
+class BackupRefused(Exception):
+    """It could not be made, or is not to be trusted, or does not help. The message says which."""
 
 
 class FileChanged(Exception):
@@ -208,22 +216,37 @@ class Database:
 
     @classmethod
     async def open(
-        cls, path: Path, migrations: Iterable[Migration] | None = None, *, create: bool = True
+        cls,
+        path: Path,
+        migrations: Iterable[Migration] | None = None,
+        *,
+        create: bool = True,
+        rebuild: Callable[[DatabaseGone], Awaitable[Callable[[Path], None]]] | None = None,
     ) -> Self:
         """Open or create the database at `path`, for this process alone; else DatabaseRefused.
 
-        `create=False` refuses one that is missing or empty: there has been one.
+        `create=False` refuses one that is missing or empty: there has been one. `rebuild` is asked
+        for what can put a good file in the place of one that is gone; see `replace`.
         """
         lock_fd = _lock(path)
+        database = cls(path, lock_fd, packaged() if migrations is None else list(migrations))
         try:
-            _refuse_foreign(path, create)
-            _make_private(path)
-            database = cls(path, lock_fd, packaged() if migrations is None else list(migrations))
-            await database._connect(check=True)
+            try:
+                await database._open_first(create)
+            except DatabaseGone as gone:
+                if rebuild is None:
+                    raise
+                await asyncio.to_thread(await rebuild(gone), path)
+                await database._open_first(create)
             return database
         except BaseException:
             os.close(lock_fd)
             raise
+
+    async def _open_first(self, create: bool) -> None:
+        _refuse_foreign(self.path, create)
+        _make_private(self.path)
+        await self._connect(check=True)
 
     async def close(self) -> None:
         """Wait for what is under way, then close, then let go of the lock."""
@@ -418,7 +441,7 @@ class Database:
                 await connection.close()
                 raise
         except sqlite3.Error as error:
-            raise DatabaseRefused(f"{self.path}: {error}. {_cure(error)}") from error
+            raise refusal(self.path, error) from error
 
     async def _drop_connection(self) -> None:
         connection, self._connection = self._connection, None
@@ -492,10 +515,10 @@ def _refuse_foreign(path: Path, create: bool) -> None:
         return  # it cannot be read: told by whoever opens it next
     if not header:
         if not create:
-            raise DatabaseRefused(f"{path}: is missing or empty. {_RESTORE}")
+            raise DatabaseGone(f"{path}: is missing or empty. {_RESTORE}")
         return
     if not header.startswith(b"SQLite format 3\0"):
-        raise DatabaseRefused(f"{path}: file is not a database. {_RESTORE}")
+        raise DatabaseGone(f"{path}: file is not a database. {_RESTORE}")
     # Offset 60 is `user_version`, which our first migration sets (sqlite.org/fileformat2.html).
     # That may still be in the write-ahead log, beside a file of one page.
     version = int.from_bytes(header[60:64])
@@ -615,17 +638,19 @@ def _length_of_log(path: Path) -> int:
 
 
 _CHECK_ACCESS: Final = "Check that this user may read and write the file and its folder."
-_RESTORE: Final = "Move the file aside and restore a backup of it, or name another [storage] path."
+_RESTORE: Final = "Restore a backup: `gwproxy restore FILE`. Or name another [storage] path."
 _OWN_FILE: Final = "Give [storage] path a file of its own."
 
 
-def _cure(error: sqlite3.Error) -> str:
+def refusal(path: Path, error: BaseException | None) -> DatabaseRefused:
+    """What SQLite says, with the cure."""
     match getattr(error, "sqlite_errorname", "").split("_")[1:2]:
         case ["NOTADB"] | ["CORRUPT"]:
-            return _RESTORE
+            return DatabaseDamaged(f"{path}: {error}. {_RESTORE}")
         case ["FULL"]:
-            return "Make room on the disk."
+            cure = "Make room on the disk."
         case ["BUSY"] | ["LOCKED"]:
-            return "Close the other program that has the file open."
+            cure = "Close the other program that has the file open."
         case _:
-            return _CHECK_ACCESS
+            cure = _CHECK_ACCESS
+    return DatabaseRefused(f"{path}: {error}. {cure}")

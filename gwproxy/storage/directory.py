@@ -37,6 +37,13 @@ async def load(database: Database) -> list[Row]:
     ]
 
 
+def organizations(connection: sqlite3.Connection) -> list[Organization]:
+    """Every organization, deleted ones too."""
+    cursor = connection.cursor()
+    cursor.row_factory = sqlite3.Row
+    return [_organization(row) for row in cursor.execute("SELECT * FROM organization")]
+
+
 def put(connection: sqlite3.Connection, row: Row) -> Row | None:
     """Store a row as it stands now, within the caller's transaction; what stood there before."""
     table, id_column, columns = _columns(row)

@@ -42,6 +42,9 @@ class Files(Protocol):
 
     def listdir(self, directory: Path, /) -> list[str]: ...
 
+    def stands(self, fd: int, path: Path, /) -> bool:
+        """Whether `path` is the file of this descriptor."""
+
     def rename(self, old: Path, new: Path, /) -> None: ...
 
     def unlink(self, path: Path, /) -> None: ...
@@ -83,6 +86,12 @@ class OsFiles:
 
     def listdir(self, directory: Path, /) -> list[str]:
         return os.listdir(directory)
+
+    def stands(self, fd: int, path: Path, /) -> bool:
+        try:
+            return os.path.samestat(os.fstat(fd), os.stat(path))
+        except FileNotFoundError:
+            return False
 
     def read(self, path: Path, /) -> bytes:
         return path.read_bytes()

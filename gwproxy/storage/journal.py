@@ -133,6 +133,7 @@ class Journal:
         self.stalled: str | None = None
         """Why the journal counts as lost though nothing failed: set by the owner, who has a clock,
         when a sync takes too long; taken back by the next one that succeeds."""
+        self._gone: str | None = None
         self._files = files
         self._boot_id = boot_id
         self._segment_bytes = segment_bytes
@@ -278,6 +279,8 @@ class Journal:
     @property
     def lost(self) -> str | None:
         """Why nothing new should be let in, in words; None while all is well."""
+        if self._gone is not None:
+            return self._gone
         if self._distrusted is not None:
             return f"{self._distrusted}, and {self._no_spare}"
         if self.stalled is not None:
@@ -288,6 +291,17 @@ class Journal:
             if self._limit - self._offset < LEAST_ROOM_BYTES:
                 return f"the segment is full, and {self._no_spare}"
         return None
+
+    def look(self) -> None:
+        """See whether the file that is written to still stands in its folder: writes to a deleted
+        one succeed, and nobody will ever read them. Once it is back, so is the journal."""
+        path = self.directory / self._segments[-1].name
+        try:
+            there = self._files.stands(self._fd, path)
+        except OSError as error:
+            self._gone = f"{path} cannot be looked at ({error.strerror})"
+        else:
+            self._gone = None if there else f"{path} is gone, or another file stands there"
 
     @property
     def end(self) -> Cursor:

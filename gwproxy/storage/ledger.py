@@ -48,6 +48,7 @@ from gwproxy.core.records import (
 )
 from gwproxy.storage import directory
 from gwproxy.storage.database import (
+    BackupRefused,
     DatabaseDamaged,
     FileChanged,
     RolledBack,
@@ -74,6 +75,12 @@ LOST_AFTER_S: Final = 5.0
 
 BACK_WITHIN_S: Final = 1.0
 """It is back when no record has been waiting for longer than this."""
+
+REBUILD_AFTER_S: Final = 3.0
+"""A file that was moved may be put back, and a disk mounted again, which is better than a copy."""
+
+REBUILD_AGAIN_S: Final = 10.0
+"""After a rebuilding that was not possible: to look at each backup takes its time."""
 
 REBUILD_EVERY_S: Final = 3600.0
 """On a disk that damages one file after another each rebuilding would leave a file set aside."""
@@ -602,12 +609,12 @@ class Writer:
         breathe: Callable[[], Awaitable[None]],
         now: Callable[[], float],
         on_change: Callable[[Storage, str], None],
-        rebuild: Callable[[Callable[[Mark], Awaitable[object]]], Awaitable[None]] | None = None,
+        rebuild: Callable[[Callable[[Mark], Awaitable[object]]], Awaitable[object]] | None = None,
     ) -> None:
         """`synced` returns when the journal is on the disk up to an LSN; `breathe` lets others run;
         `now` is monotonic, in seconds. `on_change` hears each change of `state`, with its cause.
         `rebuild` puts a backup in the place of a file that is lost, after asking whether the
-        journal can go on from the backup's mark."""
+        journal can go on from the backup's mark; BackupRefused."""
         self.state = Storage.OK
         self.failure: BaseException | None = None
         """What ended the last batch, if it failed, for the log."""
@@ -657,8 +664,11 @@ class Writer:
         fault = self._fault
         if fault is not None:
             if fault.replace and self._rebuild is not None and self._now() >= self._rebuild_after:
-                await self._rebuild(self._find)
-                self._rebuild_after = self._now() + REBUILD_EVERY_S
+                try:
+                    await self._rebuild(self._find)
+                    self._rebuild_after = self._now() + REBUILD_EVERY_S
+                except BackupRefused:  # it goes on with what there is
+                    self._rebuild_after = self._now() + REBUILD_AGAIN_S
             await self._database.reopen(check=fault.damaged)
         mark = await read_mark(self._database)
         cursor = await self._find(mark)
@@ -757,6 +767,8 @@ class Writer:
     def _change(self, state: Storage, cause: str) -> None:
         if state is not self.state:
             self.state = state
+            if state is Storage.LOST:
+                self._rebuild_after = max(self._rebuild_after, self._now() + REBUILD_AFTER_S)
             self._on_change(state, cause)
 
     # -- its task ----------------------------------------------------------------------------------

@@ -32,6 +32,17 @@ def empty() -> bytes:
         connection.close()
 
 
+def beginning(ledger_id: str) -> bytes:
+    """A database of this ledger in which there is nothing yet."""
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    try:
+        connection.deserialize(empty())
+        connection.execute("UPDATE meta SET ledger_id = ?", (ledger_id,))
+        return connection.serialize()
+    finally:
+        connection.close()
+
+
 class DatabaseWeather:
     def __init__(self) -> None:
         self.busy = self.io = self.commit = self.rollback = 0.0
@@ -255,16 +266,18 @@ class PlayedBackups:
         return min(applied_lsn, mark_in(backups[-1]).lsn) if backups else 0
 
     async def rebuild(
-        self, database: PlayedDatabase, can_follow: Callable[[Mark], Awaitable[object]]
-    ) -> None:
-        """The newest backup that the journal can go on from takes the file's place."""
-        refused: Exception = BackupRefused("there is no backup")
-        for image in reversed(self._file.backups):
+        self,
+        database: PlayedDatabase,
+        ledger_id: str,
+        can_follow: Callable[[Mark], Awaitable[object]],
+    ) -> str:
+        """The newest backup that the journal can go on from takes the file's place, or nothing at
+        all where the journal has everything."""
+        for image in (*reversed(self._file.backups), beginning(ledger_id)):
             try:
                 await can_follow(mark_in(image))
-            except (Gap, Mismatch) as error:
-                refused = error
+            except (Gap, Mismatch):
                 continue
             await database.replace(image)
-            return
-        raise refused
+            return "an image"
+        raise BackupRefused("there is no backup")

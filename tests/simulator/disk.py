@@ -320,6 +320,9 @@ class DiskFiles:
         self._fail(self.disk.weather.read)
         return [path.name for path in self.disk.names if path.parent == directory]
 
+    def stands(self, fd: int, path: Path, /) -> bool:
+        return self.disk.names.get(path) is self._open.get(fd)
+
     def rename(self, old: Path, new: Path, /) -> None:
         self._enter()
         node = self.disk.names.get(old)

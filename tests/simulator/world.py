@@ -351,7 +351,7 @@ class World:
                 Factors(),
                 count=lambda text: text.count(" "),
                 durable=store.durable,
-                lost=lambda: store.lost,
+                outage=store.outage,
                 metrics=Metrics(frozenset({"alpha", "beta", "gamma"}), frozenset()),
                 log=log,
             )
