@@ -19,6 +19,7 @@ FAMILIES: Final[Mapping[str, str]] = {
     "prices": "prices",
     "ledger": "ledger",
     "doctor": "doctor",
+    "cloudflare": "cloudflare",
 }
 """Each command and the module of this package that has it, in the order of the help text."""
 
