@@ -22,9 +22,8 @@ from aiohttp import web
 from gwproxy import assets
 from gwproxy.admin.auth import AdminAuth
 from gwproxy.admin.health import Health
-from gwproxy.admin.routes import Admin
+from gwproxy.admin.routes import BODY_LIMIT_BYTES, over_http
 from gwproxy.admin.routes import routes as admin_routes
-from gwproxy.admin.usage import Usage
 from gwproxy.config import Config, Listen
 from gwproxy.core.api import Api
 from gwproxy.core.chat import ChatRequest
@@ -36,13 +35,13 @@ from gwproxy.core.money import NANOS_PER_USD
 from gwproxy.core.pricing import PriceBook
 from gwproxy.core.routing import CATALOGUE, OPENAI, Link, Provider, Routes, max_tokens_field
 from gwproxy.core.tokens import ByteEstimate, Counter, choose_counter
+from gwproxy.intake import Intake
 from gwproxy.listener import Listener, request_ids
 from gwproxy.log import Log, capture_libraries
 from gwproxy.metrics import Metrics
 from gwproxy.proxy.account import AccountHandler
 from gwproxy.proxy.dispatch import Dispatch, Endpoint
 from gwproxy.proxy.handler import ModelHandler, Parse
-from gwproxy.proxy.intake import Intake
 from gwproxy.proxy.models import ModelsHandler
 from gwproxy.proxy.reply import Patience
 from gwproxy.proxy.upstream import Upstream
@@ -226,11 +225,17 @@ class App:
         def admins_only(request: web.BaseRequest) -> None:
             auth.check(request.headers, request.remote)
 
+        small = Intake(max_body_bytes=BODY_LIMIT_BYTES, body_timeout_s=config.limits.body_timeout_s)
         admin = [
-            Route(method, path, handler, "admin", guard=admins_only)
-            for method, path, handler in admin_routes(
-                Admin(store.directory, auth), Usage(store).routes()
+            Route(
+                each.method,
+                each.path,
+                over_http(each, auth, small),
+                "admin",
+                guard=admins_only,
+                identified=True,
             )
+            for each in admin_routes(store)
         ]
         scrape_guard = None
         if config.admin.listen is None and not config.metrics.open:

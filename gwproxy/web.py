@@ -31,7 +31,8 @@ from gwproxy.proxy.answer import SERVER
 Handler = Callable[..., Awaitable[web.StreamResponse]]
 """`async def handler(request, **parameters)`; a parameter is a segment of the path, unquoted.
 
-A traced route's gets the trace as well, to fill in as the request goes on.
+A traced route's gets the trace as well, to fill in as the request goes on; an identified one's the
+request's id, by its name.
 """
 
 _PARAMETER = re.compile(r"\{(\w+)(:path)?\}")
@@ -48,6 +49,7 @@ class Route:
     traced: bool = False
     api: Api = Api.CHAT
     """Whose shape its errors have."""
+    identified: bool = False
     guard: Callable[[web.BaseRequest], None] | None = None
     """Asked before the handler, and before anybody learns whether the method was right."""
 
@@ -149,6 +151,8 @@ class Front:
                     raise Draining("This gateway is shutting down.", retry_after_s=1, close=True)
                 response = await route.handler(request, trace, **parameters)
             else:
+                if route.identified:
+                    parameters["request_id"] = trace.request_id
                 response = await route.handler(request, **parameters)
                 response.headers["Server"] = SERVER
                 response.headers["x-request-id"] = trace.request_id

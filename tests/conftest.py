@@ -10,6 +10,7 @@ import uvloop
 from aiohttp.test_utils import TestClient
 
 from tests.harness import CONFIG, Gateway, Upstream, make_key
+from tests.plane import Plane, open_plane
 
 
 def pytest_asyncio_loop_factories() -> dict[str, Any]:
@@ -66,3 +67,9 @@ async def start_gateway(aiohttp_client: Any, upstream: Upstream, tmp_path: Path)
 @pytest_asyncio.fixture
 async def front(start_gateway: StartGateway) -> Front:
     return await start_gateway()
+
+
+@pytest_asyncio.fixture
+async def plane(tmp_path: Path) -> AsyncIterator[Plane]:
+    async with open_plane(tmp_path) as plane:
+        yield plane

@@ -13,16 +13,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from aiohttp import web
 from aiohttp.test_utils import BaseTestServer
 from yarl import URL
 
 from gwproxy import assets
+from gwproxy.admin.auth import AdminAuth
+from gwproxy.admin.routes import BODY_LIMIT_BYTES, over_http, routes
 from gwproxy.app import App
 from gwproxy.config import load
+from gwproxy.core.api import Api
+from gwproxy.core.errors import GatewayError
 from gwproxy.core.pricing import PriceBook
 from gwproxy.core.routing import CATALOGUE
 from gwproxy.core.tokens import Tokenizer, choose_counter
+from gwproxy.intake import Intake
 from gwproxy.log import Log
+from gwproxy.state.store import Store
+from gwproxy.web import Route, Router, error_response
 
 ADMIN_KEY = "an-admin-key-of-more-than-32-characters"
 ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
@@ -126,6 +134,27 @@ def tokenizer() -> Tokenizer:
     counter = choose_counter(assets.ranks())
     assert isinstance(counter, Tokenizer), counter.fault
     return counter
+
+
+def admin_plane(
+    store: Store, auth: AdminAuth
+) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
+    """The admin plane alone, behind as much of a front as it needs: the router and errors."""
+    intake = Intake(max_body_bytes=BODY_LIMIT_BYTES, body_timeout_s=5)
+    router = Router(
+        Route(each.method, each.path, over_http(each, auth, intake), "admin", identified=True)
+        for each in routes(store)
+    )
+
+    async def handle(request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            route, parameters = router.find(request.method, request.raw_path)
+            return await route.handler(request, request_id="req_test", **parameters)
+        except GatewayError as error:
+            unread = not request.content.is_eof()
+            return error_response(error, "req_test", Api.CHAT, unread=unread)
+
+    return handle
 
 
 async def make_key(client: Any, user_id: str = "alice", **fields: Any) -> str:

@@ -16,14 +16,13 @@ import pytest
 from aiohttp import web
 
 from gwproxy.admin.auth import AdminAuth
-from gwproxy.admin.routes import Admin, routes
 from gwproxy.cli.directory import add_commands
-from gwproxy.core.errors import GatewayError
 from gwproxy.core.identity import KeyKind, digest, mint, well_formed
 from gwproxy.log import Log
 from gwproxy.state.keyring import Keyring
 from gwproxy.state.store import Kept, opened
 from gwproxy.storage.database import Database
+from tests.harness import admin_plane
 from tests.office import Disk
 
 ADMIN_KEY = "an-admin-key-of-more-than-32-characters"
@@ -100,33 +99,18 @@ def shell(tmp_path: Path, monkeypatch, capsys) -> Shell:
     return shell
 
 
-def front(admin: Admin, seen: list[tuple[str, str]]):
-    table = [(method, path.strip("/").split("/"), do) for method, path, do in routes(admin)]
-
-    async def handle(request: web.BaseRequest) -> web.StreamResponse:
-        seen.append((request.method, request.path_qs))
-        parts = request.path.strip("/").split("/")
-        for method, pattern, do in table:
-            if method == request.method and len(pattern) == len(parts):
-                pairs = list(zip(pattern, parts, strict=True))
-                if all(name == part or name.startswith("{") for name, part in pairs):
-                    values = {n.strip("{}"): p for n, p in pairs if n.startswith("{")}
-                    try:
-                        return await do(request, **values)
-                    except GatewayError as error:
-                        return web.json_response(error.envelope(), status=error.status)
-        return web.Response(status=404, text="no route")
-
-    return handle
-
-
 @pytest.fixture(params=["tcp", "unix"])
 async def server(request, shell: Shell) -> AsyncIterator[list[tuple[str, str]]]:
     """A running server: it holds the database's lock. Gives the requests it has seen."""
     async with opened(shell.kept, Log(io.StringIO(), "error"), files=Disk()) as store:
-        admin = Admin(store.directory, AdminAuth(ADMIN_KEY, time.monotonic))
+        plane = admin_plane(store, AdminAuth(ADMIN_KEY, time.monotonic))
         seen: list[tuple[str, str]] = []
-        runner = web.ServerRunner(web.Server(front(admin, seen)))
+
+        async def front(request: web.BaseRequest) -> web.StreamResponse:
+            seen.append((request.method, request.path_qs))
+            return await plane(request)
+
+        runner = web.ServerRunner(web.Server(front))
         await runner.setup()
         if request.param == "unix":
             path = str(shell.folder / "gw.sock")

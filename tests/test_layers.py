@@ -10,7 +10,7 @@ HOUSE = Path(__file__).parent.parent / "gwproxy"
 
 FLOORS = {
     **{"core": 1, "metrics": 1, "log": 1},
-    **{"storage": 2, "config": 2, "assets": 2, "state": 3},
+    **{"storage": 2, "config": 2, "assets": 2, "intake": 2, "state": 3},
     **{"proxy": 4, "admin": 4, "cloudflare": 4, "web": 5, "listener": 5},
     **{"app": 6, "cli": 7, "__main__": 8},
 }

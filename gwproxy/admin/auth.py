@@ -12,6 +12,7 @@ from multidict import MultiMapping
 
 from gwproxy.core.errors import GatewayError
 from gwproxy.core.identity import digest
+from gwproxy.state.directory import Author
 from gwproxy.state.keyring import MISSING, presented_key, unauthorized
 
 SHORTEST_KEY_CHARS: Final = 32
@@ -22,6 +23,9 @@ _FAILURES: Final = 10
 _WINDOW_S: Final = 60.0
 _MOST_ADDRESSES: Final = 10_000
 """About 2 MB. Beyond it the oldest is forgotten: so many addresses gain ten guesses by it."""
+
+BOOTSTRAP: Final = "bootstrap"
+"""What the audit calls whoever has the configured key."""
 
 _WRONG: Final = "This admin key is not valid."
 
@@ -36,8 +40,8 @@ class AdminAuth:
         self._monotonic = monotonic
         self._failures: dict[str, tuple[float, int]] = {}  # address -> start of window, how many
 
-    def check(self, headers: MultiMapping[str], peer: str | None) -> None:
-        """Return for an admin; InvalidApiKey (401) for others, 429 for an address that goes on.
+    def check(self, headers: MultiMapping[str], peer: str | None, request_id: str = "") -> Author:
+        """Who the admin is; InvalidApiKey (401) for others, 429 for an address that goes on.
 
         A request without any key is no guess and is not counted.
         """
@@ -49,6 +53,7 @@ class AdminAuth:
         if not self._is_admin(key):
             self._count_failure(address)
             raise unauthorized(_WRONG)
+        return Author(BOOTSTRAP, peer or "", request_id)
 
     def _is_admin(self, key: str) -> bool:
         if self._digest is None or len(key) > LONGEST_KEY_CHARS:

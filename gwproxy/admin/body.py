@@ -6,28 +6,25 @@ a library says about it is repeated.
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
-import orjson
-from aiohttp import web
 
-from gwproxy.core.errors import InvalidRequest, RequestTooLarge, UnsupportedMediaType
+from gwproxy.core.errors import InvalidRequest
 from gwproxy.core.identity import is_id
-from gwproxy.core.money import Nanos, format_usd, parse_usd
-
-BODY_LIMIT_BYTES: Final = 256 * 1024
-"""A single row, or an organization with a few hundred prices. Whole directories go by import."""
+from gwproxy.core.money import MAX_USD, MAX_USD_PER_MTOK, Nanos, format_usd, parse_usd
 
 MOST_PER_PAGE: Final = 1000
-_PER_PAGE: Final = 100
+PER_PAGE: Final = 100
 _TEXT_LIMIT_CHARS: Final = 200
 _LONGEST_COUNT: Final = 10**9
+_MOST_LOOKED_AT: Final = 5_000
+"""Rows of a list in one go: 2 ms."""
 
 T = TypeVar("T")
+S = TypeVar("S", bound=msgspec.Struct)
 R = TypeVar("R")
 
 # -- the types of fields -------------------------------------------------------------------------
@@ -35,12 +32,62 @@ R = TypeVar("R")
 Count = Annotated[int, msgspec.Meta(ge=1, le=_LONGEST_COUNT)]
 """A limit that counts. 0 is refused: some would mean "nothing" by it and others "no limit"."""
 
+PerPage = Annotated[int, msgspec.Meta(ge=1, le=MOST_PER_PAGE)]
+
 Moment = Annotated[datetime, msgspec.Meta(tz=True)]
 
-Usd = msgspec.Raw
+Usd = Annotated[
+    msgspec.Raw,
+    msgspec.Meta(
+        description="USD: a decimal string or a number, read digit by digit; at most 9 decimals. "
+        "null: no limit.",
+        extra_json_schema={
+            "anyOf": [
+                {"type": "string", "pattern": r"^[0-9]{1,9}(\.[0-9]{1,9})?$"},
+                {"type": "integer", "minimum": 0, "maximum": MAX_USD},
+                {"type": "null"},
+            ]
+        },
+    ),
+]
 """An amount as it was written, for `usd` to read: through a float it would lose digits."""
 
-NULL: Final = msgspec.Raw(b"null")
+UsdRate = Annotated[
+    msgspec.Raw,
+    msgspec.Meta(
+        description="USD per million tokens: a decimal string or a number; at most 6 decimals.",
+        extra_json_schema={
+            "anyOf": [
+                {"type": "string", "pattern": r"^[0-9]{1,6}(\.[0-9]{1,6})?$"},
+                {"type": "integer", "minimum": 0, "maximum": MAX_USD_PER_MTOK},
+            ]
+        },
+    ),
+]
+
+Id = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": "^[A-Za-z0-9_-]{1,64}$"})]
+Text = Annotated[
+    str,
+    msgspec.Meta(extra_json_schema={"minLength": 1, "maxLength": _TEXT_LIMIT_CHARS}),
+]
+Email = Annotated[str, msgspec.Meta(extra_json_schema={"format": "email", "maxLength": 254})]
+
+UNSET: Final = msgspec.UNSET
+Unset = msgspec.UnsetType
+"""A field that was not sent: of a change, one that stays as it is."""
+
+# -- and of what is shown ------------------------------------------------------------------------
+
+ShownUsd = Annotated[
+    str,
+    msgspec.Meta(
+        description="USD with nine decimals.",
+        extra_json_schema={"pattern": r"^-?[0-9]+\.[0-9]{9}$"},
+    ),
+]
+ShownTime = Annotated[
+    str, msgspec.Meta(description="RFC 3339, UTC.", extra_json_schema={"format": "date-time"})
+]
 
 _WORDS: Final = {
     "rpm": f"must be a whole number from 1 to {_LONGEST_COUNT}, or null for no limit",
@@ -56,28 +103,14 @@ _WORDS: Final = {
     "on_exhausted": 'must be "cut" or "finish"',
     "on_client_gone": 'must be "close" or "drain"',
     "cache": "must be true or false",
+    "group_by": "must be one of provider, model, user, org, day",
+    "outcome": "must be one of completed, failed, client_left, truncated, cut, void, unknown, "
+    "recovered",
+    "limit": f"must be a whole number from 1 to {MOST_PER_PAGE}",
+    "deleted": "must be 0 or 1",
 }
 
 # -- bodies --------------------------------------------------------------------------------------
-
-
-async def read(request: web.BaseRequest) -> bytes:
-    """The body, if it is not larger than any admin body has to be."""
-    if (request.content_length or 0) > BODY_LIMIT_BYTES:
-        raise _too_large()
-    body = bytearray()
-    async for chunk in request.content.iter_any():
-        body += chunk
-        if len(body) > BODY_LIMIT_BYTES:
-            raise _too_large()
-    # A browser sends JSON to another site only after having asked; text or a form it just sends.
-    if body and request.content_type != "application/json":
-        raise UnsupportedMediaType("The body must be sent as Content-Type: application/json.")
-    return bytes(body)
-
-
-def _too_large() -> RequestTooLarge:
-    return RequestTooLarge(f"The body is larger than {BODY_LIMIT_BYTES} bytes.", close=True)
 
 
 def decode(body: bytes, shape: type[T]) -> T:
@@ -88,16 +121,30 @@ def decode(body: bytes, shape: type[T]) -> T:
     try:
         return msgspec.json.decode(body or b"{}", type=shape)
     except msgspec.ValidationError as error:
-        raise _field_error(str(error), shape) from error
+        raise _field_error(str(error), shape, "field") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest("The body is not valid JSON.", code="invalid_json") from error
+
+
+def query(sent: Iterable[tuple[str, str]], shape: type[S]) -> S:
+    """The parameters of a query, checked like a body. One that is not known is an error, and so is
+    one that is there twice: no surprise."""
+    found: dict[str, str] = {}
+    for name, value in sent:
+        if name in found and name in shape.__struct_encode_fields__:
+            raise wrong(name, "is there twice")
+        found[name] = value
+    try:
+        return msgspec.convert(found, shape, strict=False)
+    except msgspec.ValidationError as error:
+        raise _field_error(str(error), shape, "parameter") from error
 
 
 _AT = re.compile(r" - at `\$\.([A-Za-z0-9_]+)[^`]*`$")
 _UNKNOWN = re.compile(r"unknown field `([A-Za-z0-9_.-]{1,64})`")
 
 
-def _field_error(words: str, shape: type[Any]) -> InvalidRequest:
+def _field_error(words: str, shape: type[Any], what: str) -> InvalidRequest:
     if at := _AT.search(words):
         name = at[1]
         return wrong(name, _WORDS.get(name, "must be text, or null"))
@@ -105,10 +152,10 @@ def _field_error(words: str, shape: type[Any]) -> InvalidRequest:
         # Repeated only when it looks like a field's name, never as the free text it may be.
         unknown = _UNKNOWN.search(words)
         if unknown is None:
-            return InvalidRequest("The body has an unknown field.")
-        near = get_close_matches(unknown[1], shape.__struct_fields__, n=1)
+            return InvalidRequest(f"There is a {what} that is not known here.")
+        near = get_close_matches(unknown[1], shape.__struct_encode_fields__, n=1)
         hint = f" Did you mean `{near[0]}`?" if near else ""
-        return InvalidRequest(f"`{unknown[1]}` is not a field here.{hint}", param=unknown[1])
+        return InvalidRequest(f"`{unknown[1]}` is not a {what} here.{hint}", param=unknown[1])
     return InvalidRequest("The body must be a JSON object.", code="invalid_json")
 
 
@@ -194,61 +241,48 @@ def seconds(field: str, moment: datetime | None) -> int | None:
 # -- lists ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
-    limit: int
-    cursor: str
-    """The last id of the page before, or empty."""
-    deleted: bool
+class Page(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Which part of a list; filters are added by those who have some."""
+
+    limit: PerPage = PER_PAGE
+    cursor: Annotated[str, msgspec.Meta(description="`next_cursor` of the page before")] = ""
+    deleted: Annotated[bool, msgspec.Meta(description="deleted and revoked ones too")] = False
 
 
-def page(request: web.BaseRequest) -> Page:
-    """`?limit=&cursor=&deleted=1`; anything else in the query is an error, not a surprise."""
-    query = request.query
-    for name in query:
-        if name not in ("limit", "cursor", "deleted"):
-            raise InvalidRequest("Lists know the parameters limit, cursor and deleted.")
-    limit = query.get("limit", str(_PER_PAGE))
-    if not re.fullmatch(r"[0-9]{1,4}", limit) or not 1 <= int(limit) <= MOST_PER_PAGE:
-        raise wrong("limit", f"must be a whole number from 1 to {MOST_PER_PAGE}")
-    cursor = query.get("cursor", "")
-    if cursor and not is_id(cursor):
-        raise wrong("cursor", "must be the `next_cursor` of the page before")
-    deleted = query.get("deleted", "0")
-    if deleted not in ("0", "1"):
-        raise wrong("deleted", "must be 0 or 1")
-    return Page(int(limit), cursor, deleted == "1")
+class Shown(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of one row."""
+
+    deleted: Annotated[bool, msgspec.Meta(description="also if it is deleted or revoked")] = False
 
 
 def listing(
-    rows: Iterable[T], page: Page, shape: Callable[[T], dict[str, Any]], id_of: Callable[[T], str]
-) -> dict[str, Any]:
-    """The first rows of what comes after the cursor, and where to go on, if there is more."""
-    data: list[dict[str, Any]] = []
-    last = None
-    for row in rows:
-        if len(data) == page.limit:
-            return {"data": data, "next_cursor": last}
-        data.append(shape(row))
+    rows: Iterable[R], page: Page, shown: Callable[[R], T | None], id_of: Callable[[R], str]
+) -> tuple[list[T], str | None]:
+    """The first rows of what comes after the cursor, and where to go on, if there is more.
+
+    `shown` gives None for a row that is passed over. After so many of these the page ends early:
+    the rest of a long list waits for the next one, and the streams do not.
+    """
+    data: list[T] = []
+    last: str | None = None
+    for number, row in enumerate(rows):
+        if len(data) == page.limit or number == _MOST_LOOKED_AT:
+            return data, last
+        found = shown(row)
+        if found is not None:
+            data.append(found)
         last = id_of(row)
-    return {"data": data, "next_cursor": None}
+    return data, None
+
+
+def cursor(page: Page) -> str:
+    """The last id of the page before, or empty."""
+    if page.cursor and not is_id(page.cursor):
+        raise wrong("cursor", "must be the `next_cursor` of the page before")
+    return page.cursor
 
 
 # -- output --------------------------------------------------------------------------------------
-
-
-def answer(status: int, value: object) -> web.Response:
-    return web.Response(
-        status=status,
-        body=orjson.dumps(value),
-        content_type="application/json",
-        # Keys and limits belong into no cache on the way.
-        headers={"Cache-Control": "no-store"},
-    )
-
-
-def no_content() -> web.Response:
-    return web.Response(status=204, headers={"Cache-Control": "no-store"})
 
 
 def usd_out(amount: Nanos | None) -> str | None:
@@ -256,7 +290,9 @@ def usd_out(amount: Nanos | None) -> str | None:
 
 
 def time_out(unix_s: int | None) -> str | None:
+    return None if unix_s is None else time_of(unix_s)
+
+
+def time_of(unix_s: int) -> str:
     """RFC 3339 in UTC, such as `2026-11-05T12:00:00Z`."""
-    if unix_s is None:
-        return None
     return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

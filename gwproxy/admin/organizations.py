@@ -1,19 +1,14 @@
-"""Organizations: create, list, show."""
+"""Organizations: create, list, show, change, delete."""
 
 from typing import Any
 
 import msgspec
-from aiohttp import web
 
-from gwproxy.admin import body
-from gwproxy.core.identity import (
-    FailureMode,
-    OnClientGone,
-    OnExhausted,
-    Organization,
-    Status,
-    UnboundedPolicy,
-)
+from gwproxy.admin import body as checked
+from gwproxy.admin.ask import Answer, Ask
+from gwproxy.admin.body import UNSET, Id, ShownTime, ShownUsd, Text, Unset, Usd, UsdRate
+from gwproxy.core import identity
+from gwproxy.core.identity import FailureMode, OnClientGone, OnExhausted, Status, UnboundedPolicy
 from gwproxy.core.money import format_rate, parse_rate
 from gwproxy.state.directory import Directory
 
@@ -21,98 +16,150 @@ from gwproxy.state.directory import Directory
 class NewPrice(msgspec.Struct, forbid_unknown_fields=True):
     """USD per million tokens."""
 
-    input: body.Usd
-    output: body.Usd
-    cache_read: body.Usd = body.NULL
-    cache_write: body.Usd = body.NULL
+    input: UsdRate
+    output: UsdRate
+    cache_read: UsdRate | Unset = UNSET
+    cache_write: UsdRate | Unset = UNSET
 
 
-class NewOrganization(msgspec.Struct, forbid_unknown_fields=True):
-    org_id: str | None = None
-    name: str | None = None
-    status: Status = Status.ACTIVE
-    monthly_budget_usd: body.Usd = body.NULL
-    failure_mode: FailureMode | None = None
-    fallback_daily_limit_usd: body.Usd = body.NULL
-    allowed_features: list[str] = msgspec.field(default_factory=list)
-    prices: dict[str, NewPrice] | None = None
-    unbounded_policy: UnboundedPolicy = UnboundedPolicy.CLAMP
-    on_exhausted: OnExhausted = OnExhausted.CUT
-    on_client_gone: OnClientGone = OnClientGone.CLOSE
-    cache: bool = False
+class OrganizationChange(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What is not sent stays as it is; null takes a limit away."""
+
+    name: Text | Unset | None = UNSET
+    status: Status | Unset = UNSET
+    monthly_budget_usd: Usd | Unset = UNSET
+    failure_mode: FailureMode | Unset | None = UNSET
+    fallback_daily_limit_usd: Usd | Unset = UNSET
+    allowed_features: list[Text] | Unset = UNSET
+    prices: dict[Text, NewPrice] | Unset | None = UNSET
+    unbounded_policy: UnboundedPolicy | Unset = UNSET
+    on_exhausted: OnExhausted | Unset = UNSET
+    on_client_gone: OnClientGone | Unset = UNSET
+    cache: bool | Unset = UNSET
+
+
+class NewOrganization(OrganizationChange):
+    """All fields may be left out."""
+
+    org_id: Id | None = None
+
+
+class Organization(msgspec.Struct):
+    org_id: Id
+    name: str | None
+    status: Status
+    monthly_budget_usd: ShownUsd | None
+    failure_mode: FailureMode | None
+    fallback_daily_limit_usd: ShownUsd | None
+    allowed_features: tuple[str, ...]
+    prices: dict[str, dict[str, str]] | None
+    unbounded_policy: UnboundedPolicy
+    on_exhausted: OnExhausted
+    on_client_gone: OnClientGone
+    cache: bool
+    created_at: ShownTime
+    deleted_at: ShownTime | None
+
+
+class OrganizationPage(msgspec.Struct):
+    data: list[Organization]
+    next_cursor: str | None
+
+
+class OrganizationQuery(checked.Page, frozen=True):
+    status: Status | None = None
 
 
 class Organizations:
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
 
-    async def create(self, sent: bytes) -> dict[str, Any]:
-        new = body.decode(sent, NewOrganization)
-        organization = await self._directory.create_organization(
-            org_id=body.identifier("org_id", new.org_id),
-            name=body.text("name", new.name),
-            status=new.status,
-            monthly_budget=body.usd("monthly_budget_usd", new.monthly_budget_usd),
-            failure_mode=new.failure_mode,
-            fallback_daily_limit=body.usd("fallback_daily_limit_usd", new.fallback_daily_limit_usd),
-            allowed_features=body.names("allowed_features", new.allowed_features) or (),
-            prices=_prices(new.prices),
-            unbounded_policy=new.unbounded_policy,
-            on_exhausted=new.on_exhausted,
-            on_client_gone=new.on_client_gone,
-            cache=new.cache,
+    async def create(self, ask: Ask, body: NewOrganization) -> Answer:
+        org_id = checked.identifier("org_id", body.org_id)
+        return _answer(
+            await self._directory.create_organization(org_id=org_id, **_fields(body), by=ask.by)
         )
-        return shape(organization)
 
-    def list(self, page: body.Page) -> dict[str, Any]:
-        organizations = self._directory.keyring.organizations_after(page.cursor)
-        shown = (row for row in organizations if page.deleted or row.deleted_at is None)
-        return body.listing(shown, page, shape, lambda row: row.org_id)
+    async def list(self, ask: Ask, query: OrganizationQuery) -> Answer:
+        def shown(row: identity.Organization) -> Organization | None:
+            if row.deleted_at is not None and not query.deleted:
+                return None
+            return shape(row) if query.status in (None, row.status) else None
 
-    def show(self, org_id: str) -> dict[str, Any]:
-        return shape(self._directory.organization(org_id))
+        rows = self._directory.keyring.organizations_after(checked.cursor(query))
+        return Answer(
+            OrganizationPage(*checked.listing(rows, query, shown, lambda row: row.org_id))
+        )
 
-    # -- over HTTP -------------------------------------------------------------------------------
+    async def show(self, ask: Ask, org_id: str, query: checked.Shown) -> Answer:
+        return _answer(self._directory.organization(org_id, deleted=query.deleted))
 
-    async def create_organization(self, request: web.BaseRequest) -> web.StreamResponse:
-        return body.answer(201, await self.create(await body.read(request)))
+    async def change(self, ask: Ask, org_id: str, body: OrganizationChange) -> Answer:
+        changes = _fields(body)
+        return _answer(
+            await self._directory.change_organization(org_id, changes, match=ask.match, by=ask.by)
+        )
 
-    async def list_organizations(self, request: web.BaseRequest) -> web.StreamResponse:
-        return body.answer(200, self.list(body.page(request)))
+    async def delete(self, ask: Ask, org_id: str) -> Answer:
+        await self._directory.delete_organization(org_id, match=ask.match, by=ask.by)
+        return Answer()
 
-    async def show_organization(self, request: web.BaseRequest, org_id: str) -> web.StreamResponse:
-        return body.answer(200, self.show(org_id))
+
+_AS_SENT = ("status", "failure_mode", "unbounded_policy", "on_exhausted", "on_client_gone", "cache")
+
+
+def _fields(sent: OrganizationChange) -> dict[str, Any]:
+    """What was sent, checked, by the names of the directory."""
+    found = {name: value for name in _AS_SENT if (value := getattr(sent, name)) is not UNSET}
+    if not isinstance(sent.name, Unset):
+        found["name"] = checked.text("name", sent.name)
+    if not isinstance(sent.monthly_budget_usd, Unset):
+        found["monthly_budget"] = checked.usd("monthly_budget_usd", sent.monthly_budget_usd)
+    if not isinstance(sent.fallback_daily_limit_usd, Unset):
+        found["fallback_daily_limit"] = checked.usd(
+            "fallback_daily_limit_usd", sent.fallback_daily_limit_usd
+        )
+    if not isinstance(sent.allowed_features, Unset):
+        found["allowed_features"] = checked.names("allowed_features", sent.allowed_features)
+    if not isinstance(sent.prices, Unset):
+        found["prices"] = _prices(sent.prices)
+    return found
 
 
 def _prices(prices: dict[str, NewPrice] | None) -> dict[str, dict[str, str]] | None:
     """Each price checked and written anew, in the exact decimals in which it will be read."""
     if not prices:
         return None
-    body.names("prices", [*prices])
-    checked: dict[str, dict[str, str]] = {}
+    checked.names("prices", [*prices])
+    found: dict[str, dict[str, str]] = {}
     for model, price in prices.items():
-        checked[model] = {
-            name: format_rate(body.exact("prices", written, parse_rate))
+        found[model] = {
+            name: format_rate(checked.exact("prices", written, parse_rate))
             for name in NewPrice.__struct_fields__
-            if (written := bytes(getattr(price, name))) != b"null"
+            if (raw := getattr(price, name)) is not UNSET and (written := bytes(raw)) != b"null"
         }
-    return checked
+    return found
 
 
-def shape(organization: Organization) -> dict[str, Any]:
-    return {
-        "org_id": organization.org_id,
-        "name": organization.name,
-        "status": organization.status,
-        "monthly_budget_usd": body.usd_out(organization.monthly_budget),
-        "failure_mode": organization.failure_mode,
-        "fallback_daily_limit_usd": body.usd_out(organization.fallback_daily_limit),
-        "allowed_features": organization.allowed_features,
-        "prices": organization.prices,
-        "unbounded_policy": organization.unbounded_policy,
-        "on_exhausted": organization.on_exhausted,
-        "on_client_gone": organization.on_client_gone,
-        "cache": organization.cache,
-        "created_at": body.time_out(organization.created_at),
-        "deleted_at": body.time_out(organization.deleted_at),
-    }
+def _answer(row: identity.Organization) -> Answer:
+    return Answer(shape(row), row.version)
+
+
+def shape(row: identity.Organization) -> Organization:
+    prices = row.prices
+    return Organization(
+        org_id=row.org_id,
+        name=row.name,
+        status=row.status,
+        monthly_budget_usd=checked.usd_out(row.monthly_budget),
+        failure_mode=row.failure_mode,
+        fallback_daily_limit_usd=checked.usd_out(row.fallback_daily_limit),
+        allowed_features=row.allowed_features,
+        prices=None if prices is None else {model: {**prices[model]} for model in prices},
+        unbounded_policy=row.unbounded_policy,
+        on_exhausted=row.on_exhausted,
+        on_client_gone=row.on_client_gone,
+        cache=row.cache,
+        created_at=checked.time_of(row.created_at),
+        deleted_at=checked.time_out(row.deleted_at),
+    )

@@ -7,18 +7,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
-from difflib import get_close_matches
 from typing import Any, Final
 
 import msgspec
-from aiohttp import web
 
-from gwproxy.admin.body import MOST_PER_PAGE, wrong
-from gwproxy.core.errors import InvalidRequest
+from gwproxy.admin.body import wrong
 from gwproxy.core.identity import is_id
 from gwproxy.core.period import DAY_MS, end_ms
 
-_PER_PAGE: Final = 100
 _LONGEST_NAME: Final = 200
 _LONGEST_CURSOR: Final = 2000
 _EPOCH: Final = date(1970, 1, 1).toordinal()
@@ -28,29 +24,13 @@ _DATE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 
 class Query:
-    """The parameters of one request, each known and sent once."""
+    """The parameters of one request. Which there are, a Struct says; what each may be, is said
+    here."""
 
-    def __init__(self, request: web.BaseRequest, known: Sequence[str]) -> None:
-        self._sent: dict[str, str] = {}
-        for name, value in request.query.items():
-            if name not in known:
-                near = get_close_matches(name, known, n=1)
-                hint = f" Did you mean `{near[0]}`?" if near else ""
-                raise InvalidRequest(
-                    f"This route knows the parameters {', '.join(known)}, and no other.{hint}"
-                )
-            if name in self._sent:
-                raise wrong(name, "is there twice")
-            self._sent[name] = value
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._sent
-
-    def one_of(self, name: str, choices: Sequence[str], default: str) -> str:
-        value = self._sent.get(name, default)
-        if value not in choices:
-            raise wrong(name, f"must be one of {', '.join(choices)}")
-        return value
+    def __init__(self, sent: msgspec.Struct) -> None:
+        self._sent: dict[str, str] = {
+            name: value for name, value in msgspec.to_builtins(sent).items() if value is not None
+        }
 
     def id(self, name: str) -> str | None:
         value = self._sent.get(name)
@@ -63,15 +43,6 @@ class Query:
         if value is not None and not (0 < len(value) <= _LONGEST_NAME and value.isprintable()):
             raise wrong(name, f"must be 1 to {_LONGEST_NAME} printable characters")
         return value
-
-    def flag(self, name: str) -> bool:
-        return self.one_of(name, ("0", "1"), "0") == "1"
-
-    def limit(self) -> int:
-        value = self._sent.get("limit", str(_PER_PAGE))
-        if not re.fullmatch(r"[0-9]{1,4}", value) or not 1 <= int(value) <= MOST_PER_PAGE:
-            raise wrong("limit", f"must be a whole number from 1 to {MOST_PER_PAGE}")
-        return int(value)
 
     # -- where to go on --------------------------------------------------------------------------
 

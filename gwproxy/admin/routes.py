@@ -1,53 +1,272 @@
-"""The admin plane's one table of routes. Every handler in it stands behind the admin key."""
+"""The admin plane's one table of routes, and the two ways in: over HTTP, behind an admin key, and
+without it, for a command on the machine itself."""
 
 from collections.abc import Awaitable, Callable, Iterable
-from functools import wraps
 
+import msgspec
 from aiohttp import web
 
+from gwproxy.admin import body as checked
+from gwproxy.admin.ask import Answer, Ask, Route, etag, given, versions
 from gwproxy.admin.auth import AdminAuth
-from gwproxy.admin.keys import Keys
-from gwproxy.admin.organizations import Organizations
-from gwproxy.admin.users import Users
-from gwproxy.state.directory import Directory
+from gwproxy.admin.body import Page, Shown
+from gwproxy.admin.keys import CreatedKey, Key, KeyChange, KeyPage, Keys, NewKey
+from gwproxy.admin.organizations import (
+    NewOrganization,
+    Organization,
+    OrganizationChange,
+    OrganizationPage,
+    OrganizationQuery,
+    Organizations,
+)
+from gwproxy.admin.usage import Usage
+from gwproxy.admin.users import (
+    MemberQuery,
+    NewUser,
+    User,
+    UserChange,
+    UserPage,
+    UserQuery,
+    Users,
+)
+from gwproxy.core.errors import NotFound
+from gwproxy.intake import Intake
+from gwproxy.state.store import Store
 
-Handler = Callable[..., Awaitable[web.StreamResponse]]
-"""Called with the request, and with the parameters of its path by their names."""
+BODY_LIMIT_BYTES = 256 * 1024
+"""A single row, or an organization with a few hundred prices. Whole directories go by import."""
 
-
-class Admin:
-    def __init__(self, directory: Directory, auth: AdminAuth) -> None:
-        self.auth = auth
-        self.users = Users(directory)
-        self.keys = Keys(directory)
-        self.organizations = Organizations(directory)
-
-
-def routes(
-    admin: Admin, more: Iterable[tuple[str, str, Handler]] = ()
-) -> list[tuple[str, str, Handler]]:
-    """(method, path with {parameters}, handler), with the lines of rooms that have their own."""
-    users, keys, organizations = admin.users, admin.keys, admin.organizations
-    table: list[tuple[str, str, Handler]] = [
-        ("POST", "/admin/users", users.create_user),
-        ("GET", "/admin/users", users.list_users),
-        ("GET", "/admin/users/{user_id}", users.show_user),
-        ("POST", "/admin/users/{user_id}/api-keys", keys.create_key),
-        ("GET", "/admin/users/{user_id}/api-keys", keys.list_keys),
-        ("DELETE", "/admin/users/{user_id}/api-keys/{key_id}", keys.revoke_key),
-        ("POST", "/admin/organizations", organizations.create_organization),
-        ("GET", "/admin/organizations", organizations.list_organizations),
-        ("GET", "/admin/organizations/{org_id}", organizations.show_organization),
-        *more,
-    ]
-    return [(method, path, _guarded(admin.auth, handler)) for method, path, handler in table]
+HttpHandler = Callable[..., Awaitable[web.StreamResponse]]
+"""Called with the request, its id, and the parameters of its path by their names."""
 
 
-def _guarded(auth: AdminAuth, handler: Handler) -> Handler:
-    @wraps(handler)
-    async def guarded(request: web.BaseRequest, **parameters: str) -> web.StreamResponse:
+def routes(store: Store) -> tuple[Route, ...]:
+    """All that can be asked of the admin plane of `store`."""
+    return (
+        *_of_users(Users(store.directory)),
+        *_of_keys(Keys(store.directory)),
+        *_of_organizations(Organizations(store.directory), Users(store.directory)),
+        *Usage(store).routes(),
+    )
+
+
+def _of_users(users: Users) -> tuple[Route, ...]:
+    one = "/admin/users/{user_id}"
+    return (
+        Route(
+            method="POST",
+            path="/admin/users",
+            do=users.create,
+            summary="Create a user.",
+            body=NewUser,
+            answers=User,
+            status=201,
+            refusals=(409,),
+        ),
+        Route(
+            method="GET",
+            path="/admin/users",
+            do=users.list,
+            summary="List users.",
+            query=UserQuery,
+            answers=UserPage,
+        ),
+        Route(
+            method="GET",
+            path=one,
+            do=users.show,
+            summary="Show a user.",
+            query=Shown,
+            answers=User,
+        ),
+        Route(
+            method="PATCH",
+            path=one,
+            do=users.change,
+            summary="Change a user: the fields that are sent, and no others.",
+            body=UserChange,
+            answers=User,
+            conditional=True,
+            refusals=(409,),
+        ),
+        Route(
+            method="DELETE",
+            path=one,
+            do=users.delete,
+            summary="Delete a user: none of the user's keys opens anything from now on.",
+            status=204,
+            conditional=True,
+        ),
+    )
+
+
+def _of_keys(keys: Keys) -> tuple[Route, ...]:
+    several = "/admin/users/{user_id}/api-keys"
+    one = f"{several}/{{key_id}}"
+    return (
+        Route(
+            method="POST",
+            path=several,
+            do=keys.create,
+            summary="Create a key. Its text is in this answer and nowhere else.",
+            body=NewKey,
+            answers=CreatedKey,
+            status=201,
+        ),
+        Route(
+            method="GET",
+            path=several,
+            do=keys.list,
+            summary="List a user's keys, oldest first.",
+            query=Page,
+            answers=KeyPage,
+        ),
+        Route(
+            method="GET",
+            path=one,
+            do=keys.show,
+            summary="Show a key, without its text.",
+            query=Shown,
+            answers=Key,
+        ),
+        Route(
+            method="PATCH",
+            path=one,
+            do=keys.change,
+            summary="Change a key: the fields that are sent, and no others.",
+            body=KeyChange,
+            answers=Key,
+            conditional=True,
+        ),
+        Route(
+            method="DELETE",
+            path=one,
+            do=keys.revoke,
+            summary="Revoke a key: it is refused from the next request on.",
+            status=204,
+            conditional=True,
+        ),
+    )
+
+
+def _of_organizations(organizations: Organizations, users: Users) -> tuple[Route, ...]:
+    one = "/admin/organizations/{org_id}"
+    return (
+        Route(
+            method="POST",
+            path="/admin/organizations",
+            do=organizations.create,
+            summary="Create an organization.",
+            body=NewOrganization,
+            answers=Organization,
+            status=201,
+            refusals=(409,),
+        ),
+        Route(
+            method="GET",
+            path="/admin/organizations",
+            do=organizations.list,
+            summary="List organizations.",
+            query=OrganizationQuery,
+            answers=OrganizationPage,
+        ),
+        Route(
+            method="GET",
+            path=one,
+            do=organizations.show,
+            summary="Show an organization.",
+            query=Shown,
+            answers=Organization,
+        ),
+        Route(
+            method="PATCH",
+            path=one,
+            do=organizations.change,
+            summary="Change an organization: the fields that are sent, and no others.",
+            body=OrganizationChange,
+            answers=Organization,
+            conditional=True,
+        ),
+        Route(
+            method="DELETE",
+            path=one,
+            do=organizations.delete,
+            summary="Delete an organization: none of its users can call from now on.",
+            status=204,
+            conditional=True,
+            refusals=(409,),
+        ),
+        Route(
+            method="GET",
+            path=f"{one}/users",
+            do=users.members,
+            summary="List the users of an organization.",
+            query=MemberQuery,
+            answers=UserPage,
+        ),
+    )
+
+
+# -- over HTTP -----------------------------------------------------------------------------------
+
+
+def over_http(route: Route, auth: AdminAuth, intake: Intake) -> HttpHandler:
+    """The route behind the admin key, for the front."""
+
+    async def handle(
+        request: web.BaseRequest, request_id: str, **parameters: str
+    ) -> web.StreamResponse:
         # Before the body is read and before the path is looked into: a stranger learns nothing.
-        auth.check(request.headers, request.remote)
-        return await handler(request, **parameters)
+        by = auth.check(request.headers, request.remote, request_id)
+        query = checked.query(request.query.items(), route.query or _Nothing)
+        match = versions(request.headers.get("If-Match")) if route.conditional else None
+        body = None
+        if route.body is not None:
+            shape = route.body
+            body = await intake.read(request, lambda raw: checked.decode(raw, shape), optional=True)
+        answer = await route.do(Ask(by, match), **given(route, parameters, query, body))
+        # Keys and limits belong into no cache on the way.
+        headers = {"Cache-Control": "no-store"}
+        if answer.version is not None:
+            headers["ETag"] = etag(answer.version)
+        if answer.value is None:
+            return web.Response(status=route.status, headers=headers)
+        return web.Response(
+            status=route.status,
+            body=msgspec.json.encode(answer.value),
+            content_type="application/json",
+            headers=headers,
+        )
 
-    return guarded
+    return handle
+
+
+class _Nothing(msgspec.Struct, forbid_unknown_fields=True):
+    """The query of a route that has none."""
+
+
+# -- without it ----------------------------------------------------------------------------------
+
+
+async def ask_directly(
+    table: Iterable[Route],
+    method: str,
+    path: str,
+    *,
+    query: Iterable[tuple[str, str]] = (),
+    body: bytes = b"",
+    ask: Ask,
+) -> Answer:
+    """As over HTTP, in this process; whoever can open the store needs no key."""
+    parts = path.split("/")
+    for route in table:
+        pattern = route.path.split("/")
+        if route.method != method or len(pattern) != len(parts):
+            continue
+        pairs = list(zip(pattern, parts, strict=True))
+        if all(name == part or name.startswith("{") for name, part in pairs):
+            parameters = {name[1:-1]: part for name, part in pairs if name.startswith("{")}
+            found = checked.query(query, route.query or _Nothing)
+            sent = None if route.body is None else checked.decode(body, route.body)
+            return await route.do(ask, **given(route, parameters, found, sent))
+    raise NotFound("There is no such route.")

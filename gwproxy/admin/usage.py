@@ -5,12 +5,13 @@ A report waits a moment for the database to have what memory has, and says what 
 `as_of_lsn` is the last record in it, `behind` the number of records that came after.
 """
 
-from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-from aiohttp import web
+import msgspec
 
-from gwproxy.admin import body
+from gwproxy.admin import body as checked
+from gwproxy.admin.ask import Answer, Ask, Route
+from gwproxy.admin.body import UNSET, Id, PerPage, ShownTime, ShownUsd, Unset
 from gwproxy.admin.query import Query, cursor_of, day_out
 from gwproxy.core.errors import NotFound
 from gwproxy.core.ledger import Account, Request
@@ -21,45 +22,222 @@ from gwproxy.state.store import Store
 from gwproxy.storage import reports
 from gwproxy.storage.reports import Chosen, Sought
 
-GROUPS: Final = ("provider", "model", "user", "org", "day")
-
 _TYPES: Final[dict[str, type]] = {"day": int}
-_FILTERS: Final = ("org_id", "user_id", "provider", "model")
-_REPORT: Final = ("group_by", "month", "from", "to", "limit", "cursor", *_FILTERS)
-_OUTCOMES: Final = (
-    *("completed", "failed", "client_left", "truncated", "cut", "void", "unknown", "recovered"),
-)
+
+Group = Literal["provider", "model", "user", "org", "day"]
+Outcome = Literal[
+    "completed", "failed", "client_left", "truncated", "cut", "void", "unknown", "recovered"
+]
+
+# -- what is asked -------------------------------------------------------------------------------
+
+
+class _Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`month`, or `from` and `to`, dates that are both included; this month by default."""
+
+    group_by: Group = "provider"
+    month: str | None = None
+    since: str | None = msgspec.field(default=None, name="from")
+    until: str | None = msgspec.field(default=None, name="to")
+    limit: PerPage = checked.PER_PAGE
+    cursor: str = ""
+    provider: str | None = None
+    model: str | None = None
+
+
+class ReportQuery(_Report, frozen=True):
+    org_id: str | None = None
+    user_id: str | None = None
+
+
+class UserReportQuery(_Report, frozen=True):
+    org_id: str | None = None
+
+
+class OrganizationReportQuery(_Report, frozen=True):
+    user_id: str | None = None
+
+
+class RequestQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`from` and `to` are dates, both included, or times."""
+
+    since: str | None = msgspec.field(default=None, name="from")
+    until: str | None = msgspec.field(default=None, name="to")
+    key_id: str | None = None
+    outcome: Outcome | None = None
+    org_id: str | None = None
+    user_id: str | None = None
+    provider: str | None = None
+    model: str | None = None
+    limit: PerPage = checked.PER_PAGE
+    cursor: str = ""
+
+
+# -- what is answered ----------------------------------------------------------------------------
+
+
+class Tokens(msgspec.Struct):
+    """Fresh input, cache reads and writes, output, and the reasoning that is part of the output."""
+
+    input: int
+    cache_read: int
+    cache_write: int
+    output: int
+    reasoning: int
+
+
+class Attempts(msgspec.Struct):
+    count: int
+    failed: int
+    mean_duration_ms: int | None
+
+
+class Sums(msgspec.Struct, kw_only=True):
+    request_count: int
+    succeeded_count: int
+    failed_count: int
+    cost_usd: ShownUsd
+    overrun_usd: ShownUsd
+    tokens: Tokens
+    mean_duration_ms: int | None
+
+
+class Line(Sums, kw_only=True):
+    """One group: named by what it was grouped by."""
+
+    provider: str | Unset = UNSET
+    model: str | Unset = UNSET
+    org_id: str | Unset = UNSET
+    user_id: str | Unset = UNSET
+    day: str | Unset = UNSET
+    attempts: Attempts | Unset = UNSET
+
+
+class Report(msgspec.Struct, kw_only=True):
+    group_by: Group
+    since: str = msgspec.field(name="from")
+    until: str = msgspec.field(name="to")
+    data: list[Line]
+    total: Sums
+    next_cursor: str | None
+    as_of_lsn: int
+    behind: int
+
+
+class _Stands(msgspec.Struct, kw_only=True):
+    """How a month stands; with a report when the query asks for one."""
+
+    org_id: Id
+    month_usage_usd: ShownUsd
+    held_usd: ShownUsd
+    limit_usd: ShownUsd | None
+    remaining_usd: ShownUsd | None
+    current_month: str
+    request_count: int
+    resets_at: ShownTime
+    last_update: ShownTime | None
+    report: Report | Unset = UNSET
+
+
+class OrganizationUsage(_Stands):
+    pass
+
+
+class UserUsage(_Stands, kw_only=True):
+    user_id: Id
+
+
+class RequestLine(msgspec.Struct, kw_only=True):
+    request_id: str
+    created_at: ShownTime
+    user_id: str
+    org_id: str
+    key_id: str
+    model_requested: str
+    provider: str
+    model: str
+    stream: bool
+    outcome: str | None
+    status: int | None
+    source: str | None
+    tokens: Tokens
+    held_usd: ShownUsd
+    cost_usd: ShownUsd | None
+    overrun_usd: ShownUsd
+    duration_ms: int | None
+    attempts: int
+    degraded: bool
+
+
+class RequestPage(msgspec.Struct, kw_only=True):
+    data: list[RequestLine]
+    next_cursor: str | None
+    as_of_lsn: int
+    behind: int
 
 
 class Usage:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def routes(self) -> list[tuple[str, str, Callable[..., Awaitable[web.StreamResponse]]]]:
+    def routes(self) -> list[Route]:
         return [
-            ("GET", "/admin/usage", self.report),
-            ("GET", "/admin/users/{user_id}/usage", self.of_user),
-            ("GET", "/admin/organizations/{org_id}/usage", self.of_organization),
-            ("GET", "/admin/requests", self.requests),
+            Route(
+                method="GET",
+                path="/admin/usage",
+                do=self.report,
+                summary="Add up what was used, grouped.",
+                query=ReportQuery,
+                answers=Report,
+            ),
+            Route(
+                method="GET",
+                path="/admin/users/{user_id}/usage",
+                do=self.of_user,
+                summary="How a user's month stands.",
+                query=UserReportQuery,
+                answers=UserUsage,
+            ),
+            Route(
+                method="GET",
+                path="/admin/organizations/{org_id}/usage",
+                do=self.of_organization,
+                summary="How an organization's month stands.",
+                query=OrganizationReportQuery,
+                answers=OrganizationUsage,
+            ),
+            Route(
+                method="GET",
+                path="/admin/requests",
+                do=self.requests,
+                summary="Look back at requests, newest first.",
+                query=RequestQuery,
+                answers=RequestPage,
+            ),
         ]
 
     # -- how an account stands -------------------------------------------------------------------
 
-    async def of_user(self, request: web.BaseRequest, user_id: str) -> web.StreamResponse:
+    async def of_user(self, ask: Ask, user_id: str, query: UserReportQuery) -> Answer:
         user = self._store.keyring.user(user_id)
         if user is None:
             raise NotFound("There is no user with this id.")
-        stands = {"user_id": user_id, "org_id": user.org_id}
-        stands |= self._stands("user", user_id, user.monthly_limit)
-        return await self._with_report(request, stands, user_id=user_id)
+        stands = self._stands("user", user_id, user.monthly_limit)
+        if query != UserReportQuery():
+            # A report needs the database, the rest does not.
+            stands["report"] = await self._report(query, query.org_id, user_id)
+        return Answer(UserUsage(user_id=user_id, org_id=user.org_id, **stands))
 
-    async def of_organization(self, request: web.BaseRequest, org_id: str) -> web.StreamResponse:
+    async def of_organization(
+        self, ask: Ask, org_id: str, query: OrganizationReportQuery
+    ) -> Answer:
         organization = self._store.keyring.organization(org_id)
         if organization is None:
             raise NotFound("There is no organization with this id.")
-        stands = {"org_id": org_id}
-        stands |= self._stands("org", org_id, organization.monthly_budget)
-        return await self._with_report(request, stands, org_id=org_id)
+        stands = self._stands("org", org_id, organization.monthly_budget)
+        if query != OrganizationReportQuery():
+            stands["report"] = await self._report(query, org_id, query.user_id)
+        return Answer(OrganizationUsage(org_id=org_id, **stands))
 
     def _stands(self, scope: str, of: str, limit: Nanos | None) -> dict[str, Any]:
         ledger = self._store.ledger
@@ -68,57 +246,46 @@ class Usage:
         del shown["scope"], shown["id"]
         return {**shown, "last_update": rfc3339(ledger.state.t) if ledger.state.lsn else None}
 
-    async def _with_report(
-        self, request: web.BaseRequest, stands: dict[str, Any], **whose: str
-    ) -> web.StreamResponse:
-        """With a report when the query asks for one: it needs the database, the rest does not."""
-        query = Query(request, [name for name in _REPORT if name not in whose])
-        if request.query:
-            stands["report"] = await self._report(query, **whose)
-        return body.answer(200, stands)
-
     # -- reports ---------------------------------------------------------------------------------
 
-    async def report(self, request: web.BaseRequest) -> web.StreamResponse:
-        return body.answer(200, await self._report(Query(request, _REPORT)))
+    async def report(self, ask: Ask, query: ReportQuery) -> Answer:
+        return Answer(await self._report(query, query.org_id, query.user_id))
 
-    async def _report(
-        self, query: Query, *, org_id: str | None = None, user_id: str | None = None
-    ) -> dict[str, Any]:
-        store = self._store
-        group_by = query.one_of("group_by", GROUPS, "provider")
-        columns = reports.GROUPS[group_by]
+    async def _report(self, sent: _Report, org_id: str | None, user_id: str | None) -> Report:
+        store, query = self._store, Query(sent)
+        columns = reports.GROUPS[sent.group_by]
         after = query.cursor(*(_TYPES.get(name, str) for name in columns))
-        limit = query.limit()
+        limit = sent.limit
         days = query.days(store.ledger.now_ms())
         chosen = Chosen(
             days.first,
             days.last,
-            org_id or query.id("org_id"),
-            user_id or query.id("user_id"),
+            query.id("org_id") or org_id,
+            query.id("user_id") or user_id,
             query.name("provider"),
             query.name("model"),
         )
         await store.catch_up()
         async with store.database.reader() as reader:
-            rows = await reports.usage(reader, chosen, group_by, after, limit + 1)
+            rows = await reports.usage(reader, chosen, sent.group_by, after, limit + 1)
             total = await reports.used(reader, chosen)
             attempted = {}
-            if group_by == "provider" and chosen == Chosen(days.first, days.last):
+            if sent.group_by == "provider" and chosen == Chosen(days.first, days.last):
                 attempted = await reports.attempted(reader, chosen)
         data = [_group(row, columns) for row in rows[:limit]]
         for line in data:
-            if found := attempted.get(line.get("provider", "")):
-                line["attempts"] = _attempts(*found)
+            if not isinstance(line.provider, Unset) and (found := attempted.get(line.provider)):
+                line.attempts = _attempts(*found)
         more = cursor_of([rows[limit - 1][name] for name in columns]) if len(rows) > limit else None
-        return {
-            "group_by": group_by,
-            **days.json(),
-            "data": data,
-            "total": _sums(total),
-            "next_cursor": more,
+        return Report(
+            group_by=sent.group_by,
+            since=day_out(days.first),
+            until=day_out(days.last),
+            data=data,
+            total=Sums(**_sums(total)),
+            next_cursor=more,
             **self._freshness(reader.as_of_lsn),
-        }
+        )
 
     def _freshness(self, as_of_lsn: int) -> dict[str, int]:
         behind = max(0, self._store.ledger.state.lsn - as_of_lsn)
@@ -126,37 +293,38 @@ class Usage:
 
     # -- looking back ----------------------------------------------------------------------------
 
-    async def requests(self, request: web.BaseRequest) -> web.StreamResponse:
-        query = Query(request, ("from", "to", "key_id", "outcome", *_FILTERS, "limit", "cursor"))
+    async def requests(self, ask: Ask, query: RequestQuery) -> Answer:
+        sent = Query(query)
         sought = Sought(
-            since=query.moment("from", 0),
-            until=query.moment("to", 1 << 62),
-            org_id=query.id("org_id"),
-            user_id=query.id("user_id"),
-            key_id=query.id("key_id"),
-            provider=query.name("provider"),
-            model=query.name("model"),
-            outcome=query.one_of("outcome", _OUTCOMES, "completed") if "outcome" in query else None,
+            since=sent.moment("from", 0),
+            until=sent.moment("to", 1 << 62),
+            org_id=sent.id("org_id"),
+            user_id=sent.id("user_id"),
+            key_id=sent.id("key_id"),
+            provider=sent.name("provider"),
+            model=sent.name("model"),
+            outcome=query.outcome,
         )
-        before, limit = query.cursor(int), query.limit()
+        before = sent.cursor(int)
         await self._store.catch_up()
         async with self._store.database.reader() as reader:
             found, more = await reports.requests(
-                reader, sought, before[0] if before else None, limit
+                reader, sought, before[0] if before else None, query.limit
             )
-        return body.answer(
-            200,
-            {
-                "data": [_line(each) for each in found],
-                "next_cursor": None if more is None else cursor_of([more]),
+        return Answer(
+            RequestPage(
+                data=[_line(each) for each in found],
+                next_cursor=None if more is None else cursor_of([more]),
                 **self._freshness(reader.as_of_lsn),
-            },
+            )
         )
 
 
-def _group(row: Any, columns: tuple[str, ...]) -> dict[str, Any]:
-    named = {name: day_out(row[name]) if name == "day" else row[name] for name in columns}
-    return {**named, **_sums(row)}
+def _group(row: Any, columns: tuple[str, ...]) -> Line:
+    named: dict[str, Any] = {
+        name: day_out(row[name]) if name == "day" else row[name] for name in columns
+    }
+    return Line(**named, **_sums(row))
 
 
 def _sums(row: Any) -> dict[str, Any]:
@@ -167,48 +335,38 @@ def _sums(row: Any) -> dict[str, Any]:
         "failed_count": row["failed"] or 0,
         "cost_usd": format_usd(row["cost"] or 0),
         "overrun_usd": format_usd(row["overrun"] or 0),
-        "tokens": {
-            name: row[f"{name}_tokens"] or 0
-            for name in ("input", "cache_read", "cache_write", "output", "reasoning")
-        },
+        "tokens": Tokens(*(row[f"{name}_tokens"] or 0 for name in Tokens.__struct_fields__)),
         "mean_duration_ms": _mean(row["duration_ms"], count),
     }
 
 
-def _attempts(count: int, failed: int, duration_ms: int) -> dict[str, Any]:
-    return {"count": count, "failed": failed, "mean_duration_ms": _mean(duration_ms, count)}
+def _attempts(count: int, failed: int, duration_ms: int) -> Attempts:
+    return Attempts(count, failed, _mean(duration_ms, count))
 
 
 def _mean(total: int | None, count: int) -> int | None:
     return round((total or 0) / count) if count else None
 
 
-def _line(found: Request) -> dict[str, Any]:
-    fresh, read, write, output, reasoning = found.tokens
-    return {
-        "request_id": found.id,
-        "created_at": rfc3339(found.t),
-        "user_id": found.user_id,
-        "org_id": found.org_id,
-        "key_id": found.key_id,
-        "model_requested": found.model,
-        "provider": found.provider,
-        "model": found.upstream_model,
-        "stream": found.stream,
-        "outcome": found.outcome,
-        "status": found.status or None,
-        "source": found.source,
-        "tokens": {
-            "input": fresh,
-            "cache_read": read,
-            "cache_write": write,
-            "output": output,
-            "reasoning": reasoning,
-        },
-        "held_usd": format_usd(found.held),
-        "cost_usd": None if found.cost is None else format_usd(found.cost),
-        "overrun_usd": format_usd(found.overrun),
-        "duration_ms": None if found.settled_at is None else found.settled_at - found.t,
-        "attempts": len(found.attempts),
-        "degraded": found.degraded,
-    }
+def _line(found: Request) -> RequestLine:
+    return RequestLine(
+        request_id=found.id,
+        created_at=rfc3339(found.t),
+        user_id=found.user_id,
+        org_id=found.org_id,
+        key_id=found.key_id,
+        model_requested=found.model,
+        provider=found.provider,
+        model=found.upstream_model,
+        stream=found.stream,
+        outcome=found.outcome,
+        status=found.status or None,
+        source=found.source,
+        tokens=Tokens(*found.tokens),
+        held_usd=format_usd(found.held),
+        cost_usd=None if found.cost is None else format_usd(found.cost),
+        overrun_usd=format_usd(found.overrun),
+        duration_ms=None if found.settled_at is None else found.settled_at - found.t,
+        attempts=len(found.attempts),
+        degraded=found.degraded,
+    )

@@ -10,23 +10,25 @@ import getpass
 import os
 import socket
 import sys
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
+import msgspec
 import orjson
 
-from gwproxy.admin.auth import AdminAuth
+from gwproxy.admin import ask as asked
+from gwproxy.admin.ask import Route
 from gwproxy.admin.body import MOST_PER_PAGE, Page
-from gwproxy.admin.routes import Admin
+from gwproxy.admin.routes import ask_directly, routes
 from gwproxy.cli.offline import opened
 from gwproxy.config import Config, ConfigError, Listen, find_config, load
 from gwproxy.core.errors import GatewayError
 from gwproxy.core.identity import is_id, parse
 from gwproxy.core.routing import CATALOGUE
+from gwproxy.state.directory import Author
 from gwproxy.storage.database import DatabaseInUse, DatabaseRefused
 from gwproxy.storage.segments import JournalInUse, JournalRefused
 
@@ -278,8 +280,7 @@ async def _run(args: argparse.Namespace, config: Config, command: Command) -> in
         return await command(args, _over_http(config, args.url))
     try:
         async with opened(config) as store:
-            admin = Admin(store.directory, AdminAuth(None, time.monotonic))
-            return await command(args, _offline(admin))
+            return await command(args, _offline(routes(store)))
     except (DatabaseInUse, JournalInUse) as in_use:
         # Its owner is the server, as a rule: whoever holds the lock is the one to be asked.
         try:
@@ -298,30 +299,31 @@ def _exit_code(status: int) -> int:
 # -- without a server ----------------------------------------------------------------------------
 
 
-def _offline(admin: Admin) -> Call:
+def _offline(table: Sequence[Route]) -> Call:
     async def call(ask: Ask) -> dict[str, Any]:
-        page = ask.page or Page(MOST_PER_PAGE, "", False)
-        match ask.method, *ask.path:
-            case "POST", "users":
-                return await admin.users.create(ask.body)
-            case "GET", "users":
-                return admin.users.list(page)
-            case "GET", "users", user_id:
-                return admin.users.show(user_id)
-            case "POST", "users", user_id, "api-keys":
-                return await admin.keys.create(user_id, ask.body)
-            case "GET", "users", user_id, "api-keys":
-                return admin.keys.list(user_id, page)
-            case "POST", "organizations":
-                return await admin.organizations.create(ask.body)
-            case "GET", "organizations":
-                return admin.organizations.list(page)
-            case "GET", "organizations", org_id:
-                return admin.organizations.show(org_id)
-            case _:
-                raise AssertionError(f"no command asks for {ask.method} {ask.path}")
+        answer = await ask_directly(
+            table,
+            ask.method,
+            "/admin/" + "/".join(ask.path),
+            query=_parameters(ask),
+            body=ask.body,
+            ask=asked.Ask(Author(f"cli:{getpass.getuser()}")),
+        )
+        found: dict[str, Any] = msgspec.to_builtins(answer.value)
+        return found
 
     return call
+
+
+def _parameters(ask: Ask) -> list[tuple[str, str]]:
+    page = ask.page
+    if page is None:
+        return []
+    return [
+        ("limit", str(page.limit)),
+        ("cursor", page.cursor),
+        ("deleted", str(int(page.deleted))),
+    ]
 
 
 # -- of a running server -------------------------------------------------------------------------
@@ -340,9 +342,8 @@ def _over_http(config: Config, url: str | None) -> Call:
         if not all(is_id(part) for part in ask.path):
             raise _Stop(WRONG_USAGE, "An id has 1 to 64 characters out of A-Z, a-z, 0-9, _ and -.")
         target = "/admin/" + "/".join(ask.path)
-        if ask.page is not None:
-            target += f"?limit={ask.page.limit}&cursor={ask.page.cursor}"
-            target += f"&deleted={int(ask.page.deleted)}"
+        if parameters := _parameters(ask):
+            target += "?" + urlencode(parameters)
         headers = {"Authorization": authorization}
         if ask.body:
             headers["Content-Type"] = "application/json"
@@ -440,7 +441,8 @@ async def _print_list(
     rows: list[dict[str, Any]] = []
     cursor: str | None = ""
     while cursor is not None:
-        page = await call(Ask("GET", path, page=Page(MOST_PER_PAGE, cursor, args.deleted)))
+        part = Page(limit=MOST_PER_PAGE, cursor=cursor, deleted=args.deleted)
+        page = await call(Ask("GET", path, page=part))
         rows += page["data"]
         cursor = page["next_cursor"]
     if args.json:

@@ -119,6 +119,20 @@ class AlreadyExists(GatewayError):
     error_type = "caller_invalid"
 
 
+class Conflict(GatewayError):
+    """What is asked for cannot be, as things stand."""
+
+    status, type, code = 409, "invalid_request_error", "conflict"
+    error_type = "caller_invalid"
+
+
+class PreconditionFailed(GatewayError):
+    """`If-Match` names another version than there is: somebody was faster."""
+
+    status, type, code = 412, "invalid_request_error", "precondition_failed"
+    error_type = "caller_invalid"
+
+
 class RateLimited(GatewayError):
     """Too many requests, tokens or open calls of one key or user. Waiting helps, money would not.
 

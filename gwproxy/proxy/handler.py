@@ -18,10 +18,10 @@ from gwproxy.core.request import ModelRequest
 from gwproxy.core.routing import Candidate, Routes, ordered
 from gwproxy.core.trace import Trace
 from gwproxy.core.upstream_words import passed_on, path_of
+from gwproxy.intake import Intake
 from gwproxy.metrics import Metrics
 from gwproxy.proxy.answer import Answer
 from gwproxy.proxy.dispatch import Dispatch
-from gwproxy.proxy.intake import Intake
 from gwproxy.proxy.relay import Relay
 from gwproxy.proxy.reply import Reply
 from gwproxy.state.accounts import fields

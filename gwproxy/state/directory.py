@@ -1,15 +1,22 @@
 """The directory: the one way in which organizations, users and keys are changed.
 
-Each change is decided on what memory knows, recorded and applied, in one step. A restriction
-(revoke, suspend) that cannot be recorded is applied all the same: it holds from the next request
-on, and is recorded as soon as it can be.
+Each change is decided on what memory knows, recorded and applied, in one step. What it restricts
+(a key revoked, a limit lowered) holds from the next request on even if it cannot be recorded, and
+is recorded as soon as it can be; what it allows needs its record first.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import replace
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypedDict, TypeVar
 
-from gwproxy.core.errors import AlreadyExists, InvalidRequest, NotFound, StorageUnavailable
+from gwproxy.core.errors import (
+    AlreadyExists,
+    Conflict,
+    InvalidRequest,
+    NotFound,
+    PreconditionFailed,
+    StorageUnavailable,
+)
 from gwproxy.core.identity import (
     DEFAULT_ORG_ID,
     ApiKey,
@@ -29,10 +36,37 @@ from gwproxy.core.identity import (
 )
 from gwproxy.core.money import Nanos
 from gwproxy.core.records import Admin
+from gwproxy.core.restriction import restricted
 from gwproxy.state.keyring import Keyring
 from gwproxy.state.ledger import Ledger, NotRecorded, RecordUncertain
 
 Row = TypeVar("Row", Organization, User, ApiKey)
+
+Versions = frozenset[int] | None
+"""The versions of a row that a change was made for; None: whichever it is now."""
+
+
+class Signature(TypedDict):
+    actor: str
+    address: str
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Author:
+    """Who asks for a change, from where and in which request."""
+
+    actor: str = ""
+    address: str = ""
+    request_id: str = ""
+
+    def fields(self) -> Signature:
+        """As a record has them."""
+        return {"actor": self.actor, "address": self.address, "request_id": self.request_id}
+
+
+NOBODY: Final = Author()
+"""The program itself."""
 
 
 class Directory:
@@ -66,6 +100,7 @@ class Directory:
         on_exhausted: OnExhausted = OnExhausted.CUT,
         on_client_gone: OnClientGone = OnClientGone.CLOSE,
         cache: bool = False,
+        by: Author = NOBODY,
     ) -> Organization:
         def decide() -> Organization:
             if org_id is not None and self.keyring.organization(org_id) is not None:
@@ -86,18 +121,46 @@ class Directory:
                 created_at=self._now_s(),
             )
 
-        return await self._record("create", decide)
+        return await self._record("create", decide, by)
 
-    async def set_organization_status(self, org_id: str, status: Status) -> Organization:
+    async def change_organization(
+        self,
+        org_id: str,
+        changes: Mapping[str, Any],
+        *,
+        match: Versions = None,
+        by: Author = NOBODY,
+    ) -> Organization:
+        """`changes` are fields of an Organization by name, checked."""
+
         def decide() -> Organization:
             row = self.organization(org_id)
-            return replace(row, status=status, version=row.version + 1)
+            _same_version(row, match)
+            return _changed(row, changes)
 
-        return await self._record("update", decide, restricts=status is Status.SUSPENDED)
+        return await self._record("update", decide, by)
 
-    def organization(self, org_id: str) -> Organization:
+    async def set_organization_status(self, org_id: str, status: Status) -> Organization:
+        return await self.change_organization(org_id, {"status": status})
+
+    async def delete_organization(
+        self, org_id: str, *, match: Versions = None, by: Author = NOBODY
+    ) -> None:
+        """Its users can call no longer; what they have spent stays."""
+
+        def decide() -> Organization:
+            row = self.organization(org_id)
+            _same_version(row, match)
+            if org_id == DEFAULT_ORG_ID:
+                raise Conflict("Users without an organization belong to this one: it has to stay.")
+            return _changed(row, {"deleted_at": self._now_s()})
+
+        await self._record("delete", decide, by)
+
+    def organization(self, org_id: str, *, deleted: bool = False) -> Organization:
+        """NotFound, where there is none; `deleted`: deleted ones are there too."""
         row = self.keyring.organization(org_id)
-        if row is None or row.deleted_at is not None:
+        if row is None or (row.deleted_at is not None and not deleted):
             raise NotFound("There is no organization with this id.")
         return row
 
@@ -114,15 +177,12 @@ class Directory:
         rpm: int | None = None,
         tpm: int | None = None,
         max_parallel: int | None = None,
+        by: Author = NOBODY,
     ) -> User:
         def decide() -> User:
-            organization = self.keyring.organization(org_id)
-            if organization is None or organization.deleted_at is not None:
-                raise InvalidRequest("There is no organization with this id.", param="org_id")
             if user_id is not None and self.keyring.user(user_id) is not None:
                 raise AlreadyExists("There is a user with this id.", param="user_id")
-            if email is not None and self.keyring.user_with_email(email) is not None:
-                raise AlreadyExists("There is a user with this e-mail address.", param="email")
+            self._check_user(user_id, org_id, email)
             return User(
                 user_id=user_id or mint_id("user", self._below),
                 org_id=org_id,
@@ -135,18 +195,55 @@ class Directory:
                 created_at=self._now_s(),
             )
 
-        return await self._record("create", decide)
+        return await self._record("create", decide, by)
 
-    async def set_user_status(self, user_id: str, status: Status) -> User:
+    async def change_user(
+        self,
+        user_id: str,
+        changes: Mapping[str, Any],
+        *,
+        match: Versions = None,
+        by: Author = NOBODY,
+    ) -> User:
+        """`changes` are fields of a User by name, checked."""
+
         def decide() -> User:
             row = self.user(user_id)
-            return replace(row, status=status, version=row.version + 1)
+            _same_version(row, match)
+            after = _changed(row, changes)
+            if after.org_id != row.org_id or after.email != row.email:
+                self._check_user(user_id, after.org_id, after.email)
+            return after
 
-        return await self._record("update", decide, restricts=status is Status.SUSPENDED)
+        return await self._record("update", decide, by)
 
-    def user(self, user_id: str) -> User:
+    async def set_user_status(self, user_id: str, status: Status) -> User:
+        return await self.change_user(user_id, {"status": status})
+
+    async def delete_user(
+        self, user_id: str, *, match: Versions = None, by: Author = NOBODY
+    ) -> None:
+        """None of the user's keys opens anything any longer; what was spent stays."""
+
+        def decide() -> User:
+            row = self.user(user_id)
+            _same_version(row, match)
+            return _changed(row, {"deleted_at": self._now_s()})
+
+        await self._record("delete", decide, by)
+
+    def _check_user(self, user_id: str | None, org_id: str, email: str | None) -> None:
+        organization = self.keyring.organization(org_id)
+        if organization is None or organization.deleted_at is not None:
+            raise InvalidRequest("There is no organization with this id.", param="org_id")
+        namesake = None if email is None else self.keyring.user_with_email(email)
+        if namesake is not None and namesake.user_id != user_id:
+            raise AlreadyExists("There is a user with this e-mail address.", param="email")
+
+    def user(self, user_id: str, *, deleted: bool = False) -> User:
+        """NotFound, where there is none; `deleted`: deleted ones are there too."""
         row = self.keyring.user(user_id)
-        if row is None or row.deleted_at is not None:
+        if row is None or (row.deleted_at is not None and not deleted):
             raise NotFound("There is no user with this id.")
         return row
 
@@ -163,6 +260,7 @@ class Directory:
         rpm: int | None = None,
         tpm: int | None = None,
         max_parallel: int | None = None,
+        by: Author = NOBODY,
     ) -> tuple[ApiKey, str]:
         """The stored key and its text. The text is nowhere else: lost, it must be made anew."""
         text = mint(KeyKind.LIVE, self._below)
@@ -170,8 +268,7 @@ class Directory:
         def decide() -> ApiKey:
             self.user(user_id)
             created_at = self._now_s()
-            if expires_at is not None and expires_at <= created_at:
-                raise InvalidRequest("`expires_at` must lie in the future.", param="expires_at")
+            _check_expiry(expires_at, created_at)
             parts = parse(text)
             return ApiKey(
                 key_id=parts.key_id,
@@ -188,57 +285,103 @@ class Directory:
                 expires_at=expires_at,
             )
 
-        return await self._record("create", decide), text
+        return await self._record("create", decide, by), text
 
-    async def revoke_key(self, user_id: str, key_id: str) -> ApiKey:
+    async def change_key(
+        self,
+        user_id: str,
+        key_id: str,
+        changes: Mapping[str, Any],
+        *,
+        match: Versions = None,
+        by: Author = NOBODY,
+    ) -> ApiKey:
+        """`changes` are fields of an ApiKey by name, checked."""
+
+        def decide() -> ApiKey:
+            row = self.key(user_id, key_id)
+            _same_version(row, match)
+            if "expires_at" in changes:
+                _check_expiry(changes["expires_at"], self._now_s())
+            return _changed(row, changes)
+
+        return await self._record("update", decide, by)
+
+    async def revoke_key(
+        self, user_id: str, key_id: str, *, match: Versions = None, by: Author = NOBODY
+    ) -> ApiKey:
         """Refuse the key from the next request on; NotFound when it is not this user's, or gone."""
 
         def decide() -> ApiKey:
-            row = self.keyring.key(key_id)
-            if row is None or row.user_id != user_id:
-                raise NotFound("This user has no key with this id.")
-            if row.revoked_at is not None:
-                raise NotFound("This user has no key with this id.")
-            return replace(row, revoked_at=self._now_s(), version=row.version + 1)
+            row = self.key(user_id, key_id)
+            _same_version(row, match)
+            return _changed(row, {"revoked_at": self._now_s()})
 
-        return await self._record("revoke", decide, restricts=True)
+        return await self._record("revoke", decide, by)
+
+    def key(self, user_id: str, key_id: str, *, deleted: bool = False) -> ApiKey:
+        """NotFound where this user has no such key; `deleted`: revoked ones are there too."""
+        self.user(user_id, deleted=deleted)
+        row = self.keyring.key(key_id)
+        if row is None or row.user_id != user_id or (row.revoked_at is not None and not deleted):
+            raise NotFound("This user has no key with this id.")
+        return row
 
     # -- the one way -----------------------------------------------------------------------------
 
-    async def _record(
-        self, action: str, decide: Callable[[], Row], *, restricts: bool = False
-    ) -> Row:
+    async def _record(self, action: str, decide: Callable[[], Row], by: Author = NOBODY) -> Row:
         """Decide, record, apply. StorageUnavailable where it could not be recorded: then nothing
-        has changed, unless it `restricts`."""
+        has changed but what it restricts."""
         ledger = self._ledger
         row = decide()
-        try:
-            ledger.pay()
-            self._post(action, row)
-        except RecordUncertain as error:
-            raise StorageUnavailable(_UNSURE, retry_after_s=error.retry_after_s) from error
-        except NotRecorded as error:
-            if not restricts:
-                raise
-            self.keyring.apply(row)
-            ledger.must(lambda: self._post(action, row))
-            raise StorageUnavailable(_NOT_RECORDED, retry_after_s=error.retry_after_s) from error
+        before = self.keyring.same(row)
+        if row is not before:
+            try:
+                ledger.pay()
+                self._post(action, row, by)
+            except RecordUncertain as error:
+                raise StorageUnavailable(_UNSURE, retry_after_s=error.retry_after_s) from error
+            except NotRecorded as error:
+                tightened = before if before is None else restricted(before, row)
+                if tightened is None or tightened is before:
+                    raise
+                self.keyring.apply(tightened)
+                ledger.must(lambda: self._post(action, tightened, by))
+                wait_s = error.retry_after_s
+                raise StorageUnavailable(_NOT_RECORDED, retry_after_s=wait_s) from error
         await self._durable(ledger.state.lsn)
         return row
 
-    def _post(self, action: str, row: Organization | User | ApiKey) -> None:
+    def _post(self, action: str, row: Organization | User | ApiKey, by: Author) -> None:
         stamp = self._ledger.stamp()
         match row:
             case Organization():
-                record = Admin(**stamp, action=action, org=row)
+                record = Admin(**stamp, **by.fields(), action=action, org=row)
             case User():
-                record = Admin(**stamp, action=action, user=row)
+                record = Admin(**stamp, **by.fields(), action=action, user=row)
             case ApiKey():
-                record = Admin(**stamp, action=action, key=row)
+                record = Admin(**stamp, **by.fields(), action=action, key=row)
         self._ledger.post(record)
 
     def _now_s(self) -> int:
         return self._ledger.now_ms() // 1000
+
+
+def _same_version(row: Organization | User | ApiKey, match: Versions) -> None:
+    if match is not None and row.version not in match:
+        raise PreconditionFailed("Somebody has changed it meanwhile: read it again.")
+
+
+def _changed(row: Row, changes: Mapping[str, Any]) -> Row:
+    """`row` with `changes`; the very same one when they are none."""
+    if all(getattr(row, name) == value for name, value in changes.items()):
+        return row
+    return replace(row, **changes, version=row.version + 1)
+
+
+def _check_expiry(expires_at: int | None, now_s: int) -> None:
+    if expires_at is not None and expires_at <= now_s:
+        raise InvalidRequest("`expires_at` must lie in the future.", param="expires_at")
 
 
 _NOT_RECORDED = "In force at once, but not recorded yet: a restart now would undo it."

@@ -4,10 +4,10 @@
 was stored before (`state/directory.py`); this room trusts it.
 """
 
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, TypeVar
 
 from multidict import MultiMapping, istr
 
@@ -24,6 +24,8 @@ from gwproxy.core.identity import (
 
 Change = Organization | User | ApiKey
 """A change of the directory is the whole row as it stands afterwards."""
+
+Row = TypeVar("Row", Organization, User, ApiKey)
 
 _CHALLENGE: Final = {"WWW-Authenticate": 'Bearer realm="gwproxy"'}  # RFC 9110 11.6.1 wants one
 
@@ -96,6 +98,7 @@ class Keyring:
         # Kept sorted so that a page of a long list costs a binary search, not a sort.
         self._org_order: list[str] = []
         self._user_order: list[str] = []
+        self._members: dict[str, list[str]] = {}  # by organization
 
     # -- the hot path ----------------------------------------------------------------------------
 
@@ -145,6 +148,7 @@ class Keyring:
             case Organization():
                 if change.org_id not in self._organizations:
                     insort(self._org_order, change.org_id)
+                    self._members[change.org_id] = []
                 self._organizations[change.org_id] = change
             case User():
                 self._apply_user(change)
@@ -155,6 +159,7 @@ class Keyring:
         before = self._users.get(user.user_id)
         if before is None:
             insort(self._user_order, user.user_id)
+            insort(self._members[user.org_id], user.user_id)
             self._key_ids[user.user_id] = []
         elif before.email is not None and self._emails.get(before.email.lower()) == user.user_id:
             del self._emails[before.email.lower()]
@@ -162,6 +167,9 @@ class Keyring:
             self._emails[user.email.lower()] = user.user_id
         self._users[user.user_id] = user
         if before is not None and before.org_id != user.org_id:
+            left = self._members[before.org_id]
+            del left[bisect_left(left, user.user_id)]
+            insort(self._members[user.org_id], user.user_id)
             for key_id in self._key_ids[user.user_id]:
                 door = self._doors_by_id[key_id]
                 door.principal = self._principal(door.key)
@@ -188,6 +196,18 @@ class Keyring:
 
     # -- looking around --------------------------------------------------------------------------
 
+    def same(self, row: Row) -> Row | None:
+        """What stands here now in the place of `row`."""
+        found: Change | None
+        match row:
+            case Organization():
+                found = self._organizations.get(row.org_id)
+            case User():
+                found = self._users.get(row.user_id)
+            case ApiKey():
+                found = self.key(row.key_id)
+        return found
+
     def organization(self, org_id: str) -> Organization | None:
         return self._organizations.get(org_id)
 
@@ -211,8 +231,9 @@ class Keyring:
         for place in range(bisect_right(order, org_id), len(order)):
             yield self._organizations[order[place]]
 
-    def users_after(self, user_id: str) -> Iterable[User]:
-        order = self._user_order
+    def users_after(self, user_id: str, org_id: str | None = None) -> Iterable[User]:
+        """The users whose ids come after `user_id`, deleted ones too; `org_id`: only its own."""
+        order = self._user_order if org_id is None else self._members.get(org_id, [])
         for place in range(bisect_right(order, user_id), len(order)):
             yield self._users[order[place]]
 

@@ -132,7 +132,7 @@ async def _limit(life: Life, user_id: str) -> None:
         return replace(row, monthly_limit=limit, version=row.version + 1)
 
     try:
-        await life.store.directory._record("update", decide, restricts=lower)
+        await life.store.directory._record("update", decide)
         in_force.pop(account, None)
     except StorageUnavailable:
         now = life.store.keyring.user(user_id)

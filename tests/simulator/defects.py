@@ -14,6 +14,7 @@ import msgspec
 
 import gwproxy.core.ledger as core
 import gwproxy.state.books as books
+import gwproxy.state.directory as directory
 import gwproxy.state.ledger as ledger
 import gwproxy.state.store as store
 import gwproxy.state.upkeep as upkeep
@@ -25,7 +26,6 @@ import gwproxy.storage.segments as segments
 from gwproxy.core.period import periods
 from gwproxy.core.records import Settle, encode
 from gwproxy.state.accounts import Accounts
-from gwproxy.state.directory import Directory
 from gwproxy.state.reservation import Outcome, Planned, Reservation
 from tests.simulator import database as played
 from tests.simulator.disk import DiskFiles
@@ -167,12 +167,7 @@ def _(stack: ExitStack) -> None:
 
 @defect("restriction-needs-its-record", "a restriction holds even when it cannot be recorded", 200)
 def _(stack: ExitStack) -> None:
-    record = Directory._record
-
-    async def obedient(self: Directory, action: str, decide: Any, **_: Any) -> Any:
-        return await record(self, action, decide)
-
-    _instead(stack, Directory, "_record", obedient)
+    _instead(stack, directory, "restricted", lambda before, after: before)
 
 
 # -- settlement ----------------------------------------------------------------------------------

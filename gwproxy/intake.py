@@ -33,8 +33,12 @@ class Intake:
         self._body_timeout_s = body_timeout_s
         self._turn = asyncio.Lock()
 
-    async def read(self, request: web.BaseRequest, parse: Callable[[bytes], T]) -> T:
-        """The parsed body of a request whose caller is known."""
+    async def read(
+        self, request: web.BaseRequest, parse: Callable[[bytes], T], *, optional: bool = False
+    ) -> T:
+        """The parsed body of a request whose caller is known; `optional`: there may be none."""
+        if optional and not request.body_exists:
+            return parse(b"")
         headers = request.headers
         kind = headers.get("Content-Type", "")
         if kind != _JSON and kind.partition(";")[0].strip().lower() != _JSON:
