@@ -170,7 +170,9 @@ def test_it_shows_a_chat_and_how_to_go_on(home: Home) -> None:
     assert float(receipt[3]) > 0
     assert "admitted 5, refused 45, spent 5.000000000 USD\n" in ran.stdout
     assert re.search(r"its receipt: recovered, \S+ USD of \S+ USD held\n", ran.stdout)
-    assert "ledger verify: ok" in ran.stdout
+    assert "an open organization: 200, x-gateway-mode: degraded, at most 0.10 USD" in ran.stdout
+    assert "a closed one: 503 storage_unavailable, Retry-After: 5\n" in ran.stdout
+    assert ran.stdout.count("ledger verify: ok") == 2
     assert re.search(r"^ +curl -N http://127.0.0.1:\d+/v1/chat/completions", ran.stdout, re.M)
     assert re.search(r"export OPENAI_BASE_URL=http://127.0.0.1:\d+/v1\n", ran.stdout)
     assert re.search(r"export OPENAI_API_KEY=gw_live_\w{46}\n", ran.stdout)

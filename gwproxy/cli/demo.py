@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from gwproxy.cli.proofs import PRICES, NotShown, Stage, show_budget, show_recovery
+from gwproxy.cli.proofs import PRICES, NotShown, Stage, show_budget, show_outage, show_recovery
 
 FINE: Final = 0
 FAILED: Final = 1
@@ -196,6 +196,7 @@ def _run(args: argparse.Namespace, folder: Path, stack: contextlib.ExitStack) ->
     if not args.quick:
         show_budget(stage)
         show_recovery(stage)
+        show_outage(stage)
     print(
         f"""
 Try it yourself:

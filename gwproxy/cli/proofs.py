@@ -1,5 +1,5 @@
 """The promises, shown in seconds on the demo's own processes: a budget under a crowd, the ledger
-across kill -9.
+across kill -9, who is served while the database is gone.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from http.client import HTTPConnection, HTTPException
+from http.client import HTTPConnection, HTTPException, HTTPMessage
 from pathlib import Path
 from typing import Any, Final
 
@@ -58,13 +58,45 @@ class Stage:
     def send(
         self, method: str, path: str, headers: dict[str, str], body: Any = None
     ) -> tuple[int, Any]:
+        status, _, answer = self.answer(method, path, headers, body)
+        return status, answer
+
+    def answer(
+        self, method: str, path: str, headers: dict[str, str], body: Any = None
+    ) -> tuple[int, HTTPMessage, Any]:
         connection = HTTPConnection(self.address, timeout=PATIENCE_S)
         sent = {**headers, "Content-Type": "application/json"}
         connection.request(method, path, None if body is None else json.dumps(body), sent)
         response = connection.getresponse()
         answer = response.read()
         connection.close()
-        return response.status, json.loads(answer)
+        return response.status, response.headers, json.loads(answer)
+
+    @property
+    def database(self) -> Path:
+        return self.config.parent / "gwproxy.db"
+
+    def wait_until_ready(self, wanted: int) -> float:
+        """Until readiness is answered with this status; how many seconds that took."""
+        begun = time.monotonic()
+        while self.send("GET", "/health/ready", {})[0] != wanted:
+            if time.monotonic() - begun > PATIENCE_S:
+                raise NotShown(f"readiness did not become {wanted}")
+            time.sleep(0.05)
+        return time.monotonic() - begun
+
+    def verify(self) -> bool:
+        """Print what `gwproxy ledger verify` says; whether it is content."""
+        time.sleep(0.2)  # the database is a moment behind the journal
+        verified = subprocess.run(
+            [sys.executable, "-m", "gwproxy", "ledger", "verify", "--config", str(self.config)],
+            env=self.environ,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+        )
+        print(f"   $ gwproxy ledger verify\n   {(verified.stdout or verified.stderr).strip()}")
+        return verified.returncode == 0
 
     def key(self, user_id: str, **fields: str) -> dict[str, str]:
         """A new user's key, as the header that carries it."""
@@ -133,14 +165,34 @@ def show_recovery(stage: Stage) -> None:
         f"   started again; its receipt: {found['outcome']}, {found['cost_usd']} USD of "
         f"{found['held_usd']} USD held"
     )
-    time.sleep(0.2)  # the database is a moment behind the journal
-    verified = subprocess.run(
-        [sys.executable, "-m", "gwproxy", "ledger", "verify", "--config", str(stage.config)],
-        env=stage.environ,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-    )
-    print(f"   $ gwproxy ledger verify\n   {(verified.stdout or verified.stderr).strip()}")
-    if found["outcome"] != "recovered" or verified.returncode:
+    right = stage.verify()
+    if found["outcome"] != "recovered" or not right:
         raise NotShown("the stream should have been recovered, and the ledger right")
+
+
+def show_outage(stage: Stage) -> None:
+    """Take the database away: one organization is served within a bound, the other refused."""
+    organization = {"org_id": "open", "failure_mode": "open", "fallback_daily_limit_usd": "0.10"}
+    stage.ask("POST", "/admin/organizations", stage.admin, organization)
+    stage.ask(
+        "POST", "/admin/organizations", stage.admin, {"org_id": "closed", "failure_mode": "closed"}
+    )
+    dora, erin = stage.key("dora", org_id="open"), stage.key("erin", org_id="closed")
+    print("\n3. Bounded in an outage. The database is deleted while it runs: rm gwproxy.db")
+    stage.database.unlink()
+    stage.wait_until_ready(503)
+    asked = _chat("mock/prose+len-20", max_tokens=20)
+    served, headers, _ = stage.answer("POST", "/v1/chat/completions", dora, asked)
+    print(
+        f"   an open organization: {served}, x-gateway-mode: {headers['x-gateway-mode']}, "
+        f"at most {headers['x-gateway-limit-usd']} USD today"
+    )
+    refused, headers, answer = stage.answer("POST", "/v1/chat/completions", erin, asked)
+    print(
+        f"   a closed one: {refused} {answer['error']['code']}, "
+        f"Retry-After: {headers['Retry-After']}"
+    )
+    took_s = stage.wait_until_ready(200)
+    print(f"   {took_s:.1f} s later the database is made anew from the journal")
+    if (served, refused) != (200, 503) or not stage.verify():
+        raise NotShown("one should have been served and one refused, and the ledger right")
