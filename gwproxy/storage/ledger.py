@@ -371,7 +371,6 @@ def write(connection: sqlite3.Connection, batch: Batch, state: State, mark: Mark
     known = [row for row in requests if row[0] < first]
     _insert_requests(connection, [row for row in requests if row[0] >= first])
     _each(connection, _SETTLE_REQUEST, known)
-    assert_in_transaction(connection)
     sums.write(connection)
 
     holds = state.holds

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from gwproxy.core.ledger import VOID, Request
 from gwproxy.core.period import DAY_MS, end_ms, periods
+from gwproxy.storage.database import assert_in_transaction
 
 _FAILED: Final = frozenset({"failed", "truncated", "unknown"})
 
@@ -59,7 +60,9 @@ class Sums:
             _add(self._attempted, (day, tried.provider), figures)
 
     def write(self, connection: sqlite3.Connection) -> None:
+        assert_in_transaction(connection)
         connection.executemany(_ADD_USAGE, _rows(self._usage))
+        assert_in_transaction(connection)
         connection.executemany(_ADD_ATTEMPTED, _rows(self._attempted))
 
 

@@ -259,9 +259,9 @@ class World:
                         self.disk.cut()
                         self.boots += 1
                         self.cut = True
-                    # Only after a kill: what a power cut has spared cannot always be told from what
-                    # nobody had synced.
-                    elif self.plan.rot and self.disk.rot():
+                    # Only after a kill, and when a start has taken over: what a power cut spared
+                    # cannot always be told from what nobody had synced.
+                    elif self.plan.rot and not self.cut and self.disk.rot():
                         self.say("a byte has rotted")
                         self.rotten = True
 
