@@ -152,7 +152,7 @@ def admin_plane(
             return await route.handler(request, request_id="req_test", **parameters)
         except GatewayError as error:
             unread = not request.content.is_eof()
-            return error_response(error, "req_test", Api.CHAT, unread=unread)
+            return error_response(error, "req_test", Api.CHAT, unread=unread, degraded=False)
 
     return handle
 
