@@ -228,7 +228,7 @@ def test_a_refusal_says_why_on_stderr_and_ends_with_its_code(shell, argv, code, 
 def test_a_damaged_database_is_a_failure_not_a_traceback(shell):
     shell.database.write_bytes(b"nothing" * 1000)
     assert shell.run("users", "list") == 1
-    assert "restore a backup" in shell.err
+    assert "gwproxy restore" in shell.err
 
 
 # -- with a server -------------------------------------------------------------------------------
