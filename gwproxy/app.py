@@ -189,6 +189,7 @@ class App:
             ledger,
             store.outage,
             find=store.find_request,
+            archived=lambda: store.archive.until,
             clock=time.time,
         )
         models = ModelsHandler(keyring, routes, prices, extra=config.prices.models, clock=time.time)
@@ -469,6 +470,7 @@ def kept(config: Config) -> Kept:
         storage.journal_max_bytes,
         storage.backup_every_h,
         storage.keep_backups,
+        storage.keep_months,
     )
 
 

@@ -592,6 +592,7 @@ class Storage:
     journal_segment_bytes: Annotated[int, _whole(1 << 20, 1 << 30)] = 64 << 20
     journal_max_bytes: Annotated[int, _whole(4 << 20, 1 << 40)] = 1 << 30
     backup_every_h: Annotated[int, _whole(0, 8760)] = 24
+    keep_months: Annotated[int, _whole(0, 1200)] = 13
     keep_backups: Annotated[int, _whole(1, 1000)] = 7
 
 

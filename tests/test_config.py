@@ -840,7 +840,13 @@ def test_each_key_means_the_same_in_the_file_and_in_the_environment(
         ("breaker", "failure_threshold"): "9",
     }
     place = ".".join(step if re.fullmatch(r"[\w-]+", step) else f'"{step}"' for step in steps)
-    if key in ("failure_threshold", "success_threshold", "keep_backups", "connect_timeout_s"):
+    if key in (
+        "failure_threshold",
+        "success_threshold",
+        "keep_backups",
+        "keep_months",
+        "connect_timeout_s",
+    ):
         written = text = "17"
 
     def toml(values: dict[tuple[str, str], str]) -> str:

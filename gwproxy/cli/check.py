@@ -95,6 +95,12 @@ def lines(config: Config) -> list[str]:
             else "off",
         ),
         (
+            "archive",
+            f"{storage.path}.archive, of what is older than {storage.keep_months} months"
+            if storage.keep_months
+            else "off",
+        ),
+        (
             "limits",
             f"body {limits.max_body_bytes} bytes, headers {limits.max_header_bytes} bytes, "
             f"{limits.max_connections} connections",

@@ -23,6 +23,17 @@ def periods(at_ms: int) -> tuple[str, str]:
     return _names(at_ms // DAY_MS)
 
 
+def start_ms(month: str) -> int:
+    """The first millisecond of a month."""
+    return (date.fromisoformat(f"{month}-01").toordinal() - _EPOCH) * DAY_MS
+
+
+def months_between(earlier: str, later: str) -> int:
+    """From "2025-11" to "2026-02" it is 3."""
+    years = int(later[:4]) - int(earlier[:4])
+    return 12 * years + int(later[5:7]) - int(earlier[5:7])
+
+
 def end_ms(period: str) -> int:
     """When a period ends: the first millisecond of the next one."""
     if len(period) == 7:

@@ -25,6 +25,10 @@ LAST: Final = 20
 
 _RECEIPT: Final = "A receipt shows up here once its request was admitted; a refusal has none."
 
+_ARCHIVED: Final = (
+    "Requests of {} and before are in the operator's archive, and no longer here: ask him for them."
+)
+
 
 class AccountHandler:
     def __init__(
@@ -35,14 +39,17 @@ class AccountHandler:
         outage: Outage,
         *,
         find: Callable[[str], Awaitable[Request | None]],
+        archived: Callable[[], str | None],
         clock: Callable[[], float],
     ) -> None:
-        """`find` looks a request up in the database; `clock` gives seconds since 1970."""
+        """`find` looks a request up in the database, `archived` says up to which month it is not
+        there any more; `clock` gives seconds since 1970."""
         self._keyring = keyring
         self._accounts = accounts
         self._ledger = ledger
         self._outage = outage
         self._find = find
+        self._archived = archived
         self._clock = clock
 
     async def usage(self, request: web.BaseRequest, trace: Trace) -> web.StreamResponse:
@@ -73,7 +80,9 @@ class AccountHandler:
         principal = trace.principal = self._keyring.authenticate(request.headers, self._clock())
         found = self._ledger.find(request_id) or await self._find(request_id)
         if found is None or found.user_id != principal.user_id:
-            raise NotFound(f"You have no request with this id. {_RECEIPT}")
+            until = self._archived()
+            older = f" {_ARCHIVED.format(until)}" if until else ""
+            raise NotFound(f"You have no request with this id. {_RECEIPT}{older}")
         return json_answer(receipt(found), trace.request_id)
 
 

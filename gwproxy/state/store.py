@@ -22,6 +22,7 @@ from gwproxy.core.ledger import BrokenLedger, Request, State, apply
 from gwproxy.core.period import rfc3339
 from gwproxy.core.records import Admin, Settle, Stop, decode
 from gwproxy.log import Log
+from gwproxy.state.archive import Archive
 from gwproxy.state.directory import Directory
 from gwproxy.state.keyring import Keyring
 from gwproxy.state.ledger import Clock, Ledger, Recent
@@ -42,10 +43,12 @@ from gwproxy.storage.journal import Journal
 from gwproxy.storage.ledger import (
     Mark,
     Mismatch,
+    Older,
     Storage,
     Writer,
     begin_epoch,
     load_state,
+    loaded_since,
     read_mark,
 )
 from gwproxy.storage.scan import Scan, boot_id, claim, scan
@@ -83,6 +86,12 @@ class Kept:
     backup_every_h: int = 24
     """0: only when the journal has grown so long that it has to be cut."""
     keep_backups: int = 7
+    keep_months: int = 13
+    """Months of requests that stay in the database, besides the current one; 0: all of them."""
+
+    @property
+    def archive(self) -> Path:
+        return self.database.with_name(self.database.name + ".archive")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +123,9 @@ class Store:
         clock: Clock,
         recovery: Recovery,
         durable: Callable[[int], Awaitable[None]],
+        files: Files,
+        kept: Kept,
+        since: str,
         log: Log,
     ) -> None:
         self._lock = lock
@@ -142,6 +154,16 @@ class Store:
             rebuild=self._rebuild,
         )
         ledger.posted = self.writer.wake
+        self.archive = Archive(
+            files,
+            kept.archive,
+            database,
+            ledger,
+            self.writer,
+            log,
+            since=since,
+            keep_months=kept.keep_months,
+        )
 
     # -- opening -----------------------------------------------------------------------------
 
@@ -228,7 +250,9 @@ class Store:
 
         state = await load_state(database, breathe=_breathe, directory=change)
         recent = Recent()
-        replayed = _replay(kept, found, mark, state, recent)
+        since = loaded_since(mark.t)
+        older = Older(database, state, since)
+        replayed = await _replay(kept, found, mark, state, recent, older)
         journal = await asyncio.to_thread(
             Journal.start,
             files,
@@ -264,6 +288,9 @@ class Store:
             clock=clock,
             recovery=recovery,
             durable=durable,
+            files=files,
+            kept=kept,
+            since=since,
             log=log,
         )
 
@@ -273,6 +300,7 @@ class Store:
             group.create_task(self.writer.run(self._stopping)),
             group.create_task(self._keep_backups()),
             group.create_task(self._keep_paying()),
+            group.create_task(self.archive.run()),
         ]
 
     # -- while it runs -----------------------------------------------------------------------
@@ -476,7 +504,9 @@ def _following(found: Scan) -> CanFollow:
     return can_follow
 
 
-def _replay(kept: Kept, found: Scan, mark: Mark, state: State, recent: Recent) -> int:
+async def _replay(
+    kept: Kept, found: Scan, mark: Mark, state: State, recent: Recent, older: Older
+) -> int:
     """Apply what the database does not have yet: how many records. Until it has them, the requests
     among them are found in `recent`."""
     trail = found.trail
@@ -499,6 +529,7 @@ def _replay(kept: Kept, found: Scan, mark: Mark, state: State, recent: Recent) -
         for payload in payloads:
             try:
                 record = decode(payload)
+                await older.ready(record)
                 touched = apply(state, record)
             except (ValueError, BrokenLedger) as error:
                 raise JournalRefused(f"{kept.journal}: {error}.") from error

@@ -176,7 +176,7 @@ async def load_state(
     state = State(directory)
     mark = await read_mark(database)
     state.lsn, state.t = mark.lsn, mark.t
-    since = _since(mark.t)
+    since = loaded_since(mark.t)
     rows = partial(_rows, database, breathe)
     async for period, account, *figures in rows(
         "SELECT period, account, spent, credited, count FROM balance"
@@ -231,9 +231,41 @@ async def fetch_balance(database: Tables, state: State, key: Key) -> None:
         state.balances[key] = Balance(*found)
 
 
-def _since(t: int) -> str:
-    """The first month that is loaded, with its days."""
+def loaded_since(t: int) -> str:
+    """The first month that a state of that time is loaded with, and its days."""
     return periods(t - LOADED_MS)[0]
+
+
+def _keys(record: Adjust | Close) -> Sequence[Key]:
+    """The balances it changes."""
+    if isinstance(record, Close):
+        return ((record.account, record.period),)
+    return record.accounts
+
+
+class Older:
+    """Has the balances ready that a run of records changes and that `load_state` left out. Of that
+    run the database must not have anything yet."""
+
+    def __init__(self, database: Tables, state: State, since: str) -> None:
+        """`since`: months from then on were loaded."""
+        self._database = database
+        self._state = state
+        self._since = since
+        self._closed: set[Key] = set()
+        """What the run has closed begins anew, though its old row still stands."""
+
+    async def ready(self, record: AnyRecord) -> None:
+        """Before `record` is applied. Two kinds of record may be about long ago."""
+        if not isinstance(record, Adjust | Close):
+            return
+        keys = _keys(record)
+        for key in keys:
+            known = key in self._state.balances or key in self._closed
+            if key[1] < self._since and not known:
+                await fetch_balance(self._database, self._state, key)
+        if isinstance(record, Close):
+            self._closed.update(keys)
 
 
 async def _rows(
@@ -579,13 +611,6 @@ def retry_after_s(failures: int) -> float:
     return min(FIRST_RETRY_S * (1 << doublings), LOOK_EVERY_S)
 
 
-def _keys(record: Adjust | Close) -> Sequence[Key]:
-    """The balances it changes: these two kinds of record may be about long ago."""
-    if isinstance(record, Close):
-        return ((record.account, record.period),)
-    return record.accounts
-
-
 @dataclass(slots=True)
 class _Place:
     """Where the writer stands."""
@@ -672,8 +697,9 @@ class Writer:
         mark = await read_mark(self._database)
         cursor = await self._find(mark)
         self.applied = mark.lsn
+        self._tell()
         state = await load_state(self._database, breathe=self._breathe)
-        return _Place(state, cursor, _since(state.t))
+        return _Place(state, cursor, loaded_since(state.t))
 
     async def _find(self, mark: Mark) -> Cursor:
         """The place in the journal just after the record of `mark`; Mismatch or Gap."""
@@ -699,7 +725,7 @@ class Writer:
         started = self._now()
         state, cursor = place.state, place.cursor
         batch = Batch(state.lsn + 1)
-        closed: set[Key] = set()
+        older = Older(self._database, state, place.since)
         # What comes meanwhile is for the next batch: running after it is a read for each record.
         last = min(self._journal.end.lsn, cursor.lsn + MOST_RECORDS)
         while cursor.lsn < last:
@@ -709,12 +735,7 @@ class Writer:
                 break  # the end was taken back, to be written anew elsewhere
             for payload in payloads:
                 record = decode(payload)
-                if isinstance(record, Adjust | Close):
-                    for key in _keys(record):
-                        if key[1] < place.since and key not in state.balances and key not in closed:
-                            await fetch_balance(self._database, state, key)
-                    if isinstance(record, Close):
-                        closed.update(_keys(record))
+                await older.ready(record)
                 batch.add(record, apply(state, record))
             await self._breathe()
         if not batch.count and self.state is Storage.OK:

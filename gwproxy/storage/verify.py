@@ -163,7 +163,8 @@ def _sums(what: str, table: str, right: str, where: str) -> str:
     return f"""
         SELECT DISTINCT '{what}', {where}, NULL FROM (
             SELECT * FROM (SELECT * FROM {table} EXCEPT {right})
-            UNION ALL SELECT * FROM ({right} EXCEPT SELECT * FROM {table}))"""
+            UNION ALL SELECT * FROM ({right} EXCEPT SELECT * FROM {table}))
+        WHERE strftime('%Y-%m', day * 86400, 'unixepoch') NOT IN (SELECT period FROM closed)"""
 
 
 _USAGE: Final = _sums(
