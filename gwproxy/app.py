@@ -39,6 +39,7 @@ from gwproxy.intake import Intake
 from gwproxy.listener import Listener, request_ids
 from gwproxy.log import Log, capture_libraries
 from gwproxy.metrics import Metrics
+from gwproxy.notify import Notify
 from gwproxy.proxy.account import AccountHandler
 from gwproxy.proxy.dispatch import Dispatch, Endpoint
 from gwproxy.proxy.handler import ModelHandler, Parse
@@ -70,6 +71,12 @@ GIL_SWITCH_S: Final = 0.0005
 
 KEY_USE_STORED_EVERY_S: Final = 60.0
 
+LAST_WORDS_S: Final = 1.0
+"""For streams that are ended to tell their clients so, and to settle."""
+
+STOP_AT_MOST_S: Final = 20.0
+"""What a stop may take beyond `drain_s`: last words, and the database taking what it lacks."""
+
 
 class ListenFailed(OSError):
     """A listener that cannot open; the words name it and the cure."""
@@ -90,6 +97,8 @@ class App:
         self._loop = asyncio.get_running_loop()
         self._cleanups: list[Callable[[], Awaitable[None] | None]] = []
         self._servers: list[asyncio.Server] = []
+        self._handed_over: list[tuple[asyncio.Server, Listener]] = []
+        """On sockets that are not ours: their clients wait in the kernel for the next process."""
         self._listeners: list[Listener] = []
         self._fronts: list[Front] = []
 
@@ -328,10 +337,14 @@ class App:
         try:
             server = await self._open_server(where, listener)
         except OSError as error:
+            cure = "Stop whoever has it, or change [server] listen or [admin] listen."
+            if where.kind == "fd":
+                cure = "No socket was handed over: start gwproxy.socket, or listen on host:port."
             raise ListenFailed(
-                f"cannot listen on {where}: {error.strerror or error}. "
-                "Stop whoever has it, or change [server] listen or [admin] listen."
+                f"cannot listen on {where}: {error.strerror or error}. {cure}"
             ) from error
+        if where.kind == "fd":
+            self._handed_over.append((server, listener))
         self._servers.append(server)
         self._cleanups.append(server.close)  # also when a later part does not start
         self._listeners.append(listener)
@@ -370,16 +383,32 @@ class App:
             cause = type(error.__cause__).__name__ if error.__cause__ else None
             self.log.event("error", "storage unavailable", exception=cause)
 
+    @property
+    def status(self) -> str:
+        """One line for whoever looks at the process from outside."""
+        requests = sum(front.open_requests for front in self._fronts)
+        words = f"{requests} request{'' if requests == 1 else 's'} open"
+        if self._store.journal.lost is not None:
+            words += ", journal lost"
+        if self._store.lost:
+            words += ", database lost"
+        return words
+
     async def stop(self) -> None:
         """Refuse what is new, let streams finish for `drain_s`, end the rest and settle it."""
         self.draining = True
         for front in self._fronts:
             front.drain()
+        for server, listener in self._handed_over:
+            server.close()
+            listener.hand_over()
         await self._drained(self.config.server.drain_s)
         for server in self._servers:
             server.close()
         self._upstream.end_all()
-        await self._drained(1.0)
+        await self._drained(LAST_WORDS_S)
+        for _, listener in self._handed_over:
+            await listener.emptied()
         for listener in self._listeners:
             await listener.shutdown(0.5)
         await self._clean_up()
@@ -400,7 +429,9 @@ class App:
                 await result
 
 
-async def serve(config: Config, log: Log, announce: Callable[[list[str]], None]) -> None:
+async def serve(
+    config: Config, log: Log, announce: Callable[[list[str]], None], notify: Notify
+) -> None:
     """Run until SIGTERM or SIGINT. `announce` is called with the addresses once they are open."""
     capture_libraries(log)
     loop = asyncio.get_running_loop()
@@ -415,10 +446,22 @@ async def serve(config: Config, log: Log, announce: Callable[[list[str]], None])
     sys.setswitchinterval(GIL_SWITCH_S)
     announce(app.addresses)
     log.event("info", "ready", addresses=app.addresses, pid=os.getpid())
-    await app.run(stopping)
-    log.event("info", "stopping", drain_s=config.server.drain_s)
-    await app.stop()
+    notify.ready(app.status)
+    async with asyncio.TaskGroup() as group:
+        beating = group.create_task(_keep_telling(notify, app))
+        await app.run(stopping)
+        log.event("info", "stopping", drain_s=config.server.drain_s)
+        notify.stopping(f"draining: {app.status}", config.server.drain_s + STOP_AT_MOST_S)
+        await app.stop()
+        beating.cancel()
     log.event("info", "stopped")
+
+
+async def _keep_telling(notify: Notify, app: App) -> None:
+    """A loop that stands still cannot say that it is alive, and systemd starts another process."""
+    while notify.every_s is not None:
+        notify.alive(app.status)
+        await asyncio.sleep(notify.every_s)
 
 
 # -- from the configuration's words to the parts' ------------------------------------------------

@@ -7,7 +7,9 @@ not pass is found here and handed to whoever answers, as the error to answer wit
 
 import asyncio
 import contextlib
+import fcntl
 import itertools
+import termios
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
@@ -75,6 +77,8 @@ class Listener(web.Server):
             "keepalive_timeout": 0,
             "access_log": None,
         }
+        self.handing_over = False
+        self._empty = asyncio.Event()
         self._sweep_s = min(1.0, header_timeout_s / 2)
         self._sweep = loop.call_later(self._sweep_s, self._close_due)
 
@@ -83,6 +87,31 @@ class Listener(web.Server):
 
     def stop_sweeping(self) -> None:
         self._sweep.cancel()
+
+    # -- giving the socket to the next process -----------------------------------------------
+
+    def hand_over(self) -> None:
+        """Nobody new is accepted: get rid of the connections that are open, and lose no request.
+
+        Idle ones are closed, so that their clients come back as new ones; on the others one more
+        answer is given, which says that it is the last.
+        """
+        self.handing_over = True
+        for protocol in tuple(self._connections):
+            assert isinstance(protocol, ListenerProtocol)
+            if protocol.is_idle():
+                protocol.hang_up()
+        self.lost_one()
+
+    def lost_one(self) -> None:
+        if self.handing_over and not self._connections:
+            self._empty.set()
+
+    async def emptied(self) -> None:
+        """Wait, a while, for those who have not hung up yet or have connected and not asked."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                await self._empty.wait()
 
     def _close_due(self) -> None:
         """Connections that are idle, or whose request's head has been coming, for too long."""
@@ -113,7 +142,16 @@ _NEVER: Final = float("inf")
 class ListenerProtocol(web.RequestHandler):
     """One client's connection."""
 
-    __slots__ = ("_body", "_listener", "_since_head", "deaf", "due", "largest_head", "turned_away")
+    __slots__ = (
+        "_body",
+        "_listener",
+        "_since_head",
+        "deaf",
+        "due",
+        "largest_head",
+        "quiet",
+        "turned_away",
+    )
 
     def __init__(self, listener: Listener, **options: Any) -> None:
         super().__init__(listener, **options)
@@ -123,6 +161,8 @@ class ListenerProtocol(web.RequestHandler):
         self.largest_head = 0
         """No head on this connection was larger; with bodies in the count, it may be far less."""
         self._since_head = 0
+        self.quiet = False
+        """All that came has been answered. Nothing has come yet: not quiet, but about to speak."""
         self._body: StreamReader = EMPTY_PAYLOAD
         """Of the last request whose head came: the one that may still be on its way."""
         self.deaf = False
@@ -136,7 +176,7 @@ class ListenerProtocol(web.RequestHandler):
         listener = self._listener
         self.due = self._loop.time() + listener.header_timeout_s
         if len(listener._connections) - listener.turned_away > listener.max_connections:
-            self.turned_away = self.deaf = True
+            self.turned_away = True
             listener.turned_away += 1
             self._turn_away()
 
@@ -154,7 +194,13 @@ class ListenerProtocol(web.RequestHandler):
             f"Content-Length: {len(_BUSY)}\r\n\r\n"
         )
         transport.write(head.encode() + _BUSY)
-        transport.write_eof()
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """Say that no answer will come any more, and wait for the client to say the same."""
+        assert self.transport is not None
+        self.deaf = True
+        self.transport.write_eof()
         self._loop.call_later(LINGER_S, self.force_close)
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -162,6 +208,16 @@ class ListenerProtocol(web.RequestHandler):
             self._listener.turned_away -= 1
             self.turned_away = False
         super().connection_lost(exc)
+        self._listener.lost_one()
+
+    def is_idle(self) -> bool:
+        """Whether nothing has come since its last answer, not even to the kernel."""
+        transport = self.transport
+        if not self.quiet or transport is None:
+            return False
+        unread = bytearray(4)
+        fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.FIONREAD, unread)
+        return not any(unread)
 
     # -- what comes in -----------------------------------------------------------------------
 
@@ -169,6 +225,7 @@ class ListenerProtocol(web.RequestHandler):
         parser = self._parser
         if self.deaf or self._force_close or parser is None:
             return
+        self.quiet = False
         self._since_head += len(data)
         try:
             messages, upgraded, _ = parser.feed_data(data)
@@ -227,6 +284,7 @@ class ListenerProtocol(web.RequestHandler):
                 if not messages:
                     if self.due == _NEVER:
                         self.due = loop.time() + listener.keepalive_timeout_s
+                        self.quiet = True
                     self._waiter = loop.create_future()
                     try:
                         await self._waiter
@@ -244,6 +302,8 @@ class ListenerProtocol(web.RequestHandler):
                 if fault is not None:
                     # An answer's first line says what we speak.
                     message = message._replace(version=HttpVersion11)
+                if listener.handing_over:
+                    message = message._replace(should_close=True)
                 request = self._make_request(message, body)
                 self._request_in_progress = True
                 response = await front.handle(request, fault)
@@ -255,7 +315,7 @@ class ListenerProtocol(web.RequestHandler):
                 self._request_in_progress = False
                 if not body.is_eof() and not self._force_close:
                     await self._linger(body)
-                if not response.keep_alive or not body.is_eof():
+                if not response.keep_alive or not body.is_eof() or listener.handing_over:
                     break
                 # An idle connection keeps nothing of its last request.
                 del message, body, fault, request, response

@@ -130,14 +130,14 @@ class Front:
         self.max_header_bytes = max_header_bytes
         self._draining = False
         self._idle = asyncio.Event()
-        self._open_requests = 0
+        self.open_requests = 0
 
     async def handle(
         self, request: web.BaseRequest, fault: GatewayError | None = None
     ) -> web.StreamResponse:
         """`fault`: what the listener found wrong with the request, if anything."""
         trace = Trace(self._request_ids(), self._clock())
-        self._open_requests += 1
+        self.open_requests += 1
         api = Api.CHAT
         try:
             if fault is not None:
@@ -182,15 +182,15 @@ class Front:
             # The border of the request's task: whatever it is, this request ends with it.
             return self._refuse(request, trace, self._internal(trace, error), api)
         finally:
-            self._open_requests -= 1
-            if self._draining and not self._open_requests:
+            self.open_requests -= 1
+            if self._draining and not self.open_requests:
                 self._idle.set()
             self._record(trace)
 
     def drain(self) -> None:
         """On the way out: what is open may finish, what is new is told to come back."""
         self._draining = True
-        if not self._open_requests:
+        if not self.open_requests:
             self._idle.set()
 
     async def idle(self) -> None:

@@ -25,13 +25,18 @@ from tests.harness import (
     ADMIN,
     ADMIN_KEY,
     CONFIG,
+    DONE,
     UPSTREAM_TOKEN,
+    Received,
     Upstream,
+    Wire,
     bearer,
     chat,
+    events,
     make_key,
     tokenizer,
 )
+from tests.raw import connect, get, post, prompt
 
 ENVIRON = {"GWPROXY_ADMIN_KEY": ADMIN_KEY, "UPSTREAM_TOKEN": UPSTREAM_TOKEN}
 
@@ -278,10 +283,66 @@ async def test_an_inherited_socket_is_listened_on_and_what_waits_in_it_is_served
         writer.close()
 
 
+async def test_who_connects_to_an_inherited_socket_while_it_drains_waits_for_the_next_process(
+    tmp_path: Path, upstream: Upstream
+) -> None:
+    slow = asyncio.Event()
+
+    async def script(wire: Wire, received: Received) -> None:
+        await wire.start()
+        hello, *rest = events("Hel", "lo.")
+        await wire.chunk(hello)
+        await slow.wait()
+        for data in rest:
+            await wire.chunk(data)
+        await wire.end()
+
+    upstream.script = script
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        port = listening.getsockname()[1]
+
+        def inherited() -> Config:
+            number = os.dup(listening.fileno())
+            return configuration(tmp_path, text_for(upstream.url, listen=f"fd:{number}"))
+
+        async with (
+            connect(port) as streaming,
+            connect(port) as idle,
+            connect(port) as new,
+            running(inherited()) as app,
+            client(app.addresses[0]) as session,
+        ):
+            key = await make_key(session)
+            streaming.send(post(prompt(stream=True), key=key))
+            assert (await streaming.head())[0] == 200
+            idle.send(get("/health"))
+            assert (await idle.answer()).status == 200
+            async with asyncio.TaskGroup() as group:
+                stopping = group.create_task(app.stop())
+                # Whoever is idle is let go; whoever had connected is answered, once; whoever comes
+                # now waits, while the stream goes on to its end.
+                assert await idle.rest() == b""
+                async with connect(port) as late:
+                    late.send(get("/health"))
+                    new.send(get("/v1/models", key=key))
+                    answer = await new.answer()
+                    assert (answer.status, answer.code) == (503, "draining")
+                    assert await new.rest() == b""
+                    slow.set()
+                    body = b"".join([part async for part in streaming.chunks()])
+                    assert body.endswith(DONE)
+                    async with asyncio.timeout(5):
+                        await stopping
+                    async with running(inherited()):
+                        assert (await late.answer()).status == 200
+
+
 async def test_a_descriptor_that_is_no_socket_is_a_start_that_fails(tmp_path: Path) -> None:
     with (tmp_path / "plain").open("w") as plain:
         config = configuration(tmp_path, text_for(listen=f"fd:{plain.fileno()}"))
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match=r"cannot listen on fd:\d+: .*start gwproxy.socket"):
             async with running(config):
                 pass
 

@@ -11,6 +11,7 @@ from gwproxy.assets import AssetError
 from gwproxy.config import ConfigError, find_config, load
 from gwproxy.core.routing import CATALOGUE
 from gwproxy.log import Log
+from gwproxy.notify import Notify
 from gwproxy.storage.database import DatabaseRefused
 from gwproxy.storage.segments import JournalRefused
 
@@ -40,8 +41,9 @@ def run(args: argparse.Namespace) -> int:
         return WRONG_CONFIGURATION
     log = Log(level=config.log.level)
     log.start()
+    notify = Notify(os.environ, os.getpid())
     try:
-        uvloop.run(serve(config, log, _announce))
+        uvloop.run(serve(config, log, _announce, notify))
     except (DatabaseRefused, JournalRefused, AssetError) as error:
         print(f"gwproxy: {error}", file=sys.stderr)
         return FAILED
@@ -49,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"gwproxy: cannot listen or read: {error}", file=sys.stderr)
         return FAILED
     finally:
+        notify.close()
         log.stop()
     return FINE
 
