@@ -8,6 +8,7 @@ import contextlib
 import functools
 import gc
 import os
+import random
 import secrets
 import signal
 import socket
@@ -25,6 +26,7 @@ from gwproxy.admin.health import Health
 from gwproxy.admin.routes import BODY_LIMIT_BYTES, over_http
 from gwproxy.admin.routes import routes as admin_routes
 from gwproxy.config import Config, Listen
+from gwproxy.core import breaker as breakers
 from gwproxy.core.api import Api
 from gwproxy.core.chat import ChatRequest
 from gwproxy.core.embeddings import EmbeddingsRequest
@@ -49,6 +51,7 @@ from gwproxy.proxy.upstream import Upstream
 from gwproxy.state.accounts import Accounts, Terms
 from gwproxy.state.books import Books
 from gwproxy.state.outage import Condition
+from gwproxy.state.providers import Providers
 from gwproxy.state.rates import Rates
 from gwproxy.state.store import Kept, Store, Synchronous
 from gwproxy.storage.database import HAS_WAL_RESET_BUG, SQLITE_VERSION
@@ -154,7 +157,8 @@ class App:
 
         upstream = self._open_upstream(metrics)
         self._upstream = upstream
-        dispatch = self._build_dispatch(upstream, metrics)
+        providers = build_providers(config, routes, store, metrics, self.log)
+        dispatch = self._build_dispatch(upstream, providers, metrics)
         factors = Factors()
         metrics.refresh.append(functools.partial(_show_factors, metrics, factors))
         accounts = Accounts(keyring, terms(config))
@@ -186,6 +190,7 @@ class App:
                 routes=routes,
                 books=books,
                 dispatch=dispatch,
+                providers=providers,
                 metrics=metrics,
                 clock=time.time,
             )
@@ -280,7 +285,9 @@ class App:
         self._cleanups.append(upstream.close)
         return upstream
 
-    def _build_dispatch(self, upstream: Upstream, metrics: Metrics) -> Dispatch:
+    def _build_dispatch(
+        self, upstream: Upstream, providers: Providers, metrics: Metrics
+    ) -> Dispatch:
         config = self.config
         endpoints = {
             name: Endpoint.build(
@@ -302,13 +309,16 @@ class App:
             answer_s=config.upstream.answer_timeout_s,
             idle_s=config.upstream.idle_timeout_s,
             early_commit_s=config.upstream.early_commit_s,
+            total_s=config.upstream.total_timeout_s,
         )
         return Dispatch(
             self._loop,
             time.monotonic,
             endpoints=endpoints,
             default=default,
+            providers=providers,
             patience=patience,
+            retries=config.upstream.retries,
             metrics=metrics,
             log=self.log,
         )
@@ -499,6 +509,31 @@ def build_routes(config: Config, prices: PriceBook) -> Routes:
             provider.prices: frozenset(prices.models(provider.prices))
             for provider in providers.values()
         },
+    )
+
+
+def build_providers(
+    config: Config, routes: Routes, store: Store, metrics: Metrics, log: Log
+) -> Providers:
+    """How the providers stand, from what was recorded of them and what is configured."""
+    upstream, breaker = config.upstream, config.breaker
+    names = [*routes.providers, *([] if routes.passthrough is None else [PASSTHROUGH])]
+    return Providers(
+        store.ledger,
+        time.monotonic,
+        names=names,
+        terms=breakers.Terms(
+            failure_threshold=breaker.failure_threshold,
+            success_threshold=breaker.success_threshold,
+            open_s=breaker.open_timeout_ms / 1000,
+            probe_s=upstream.connect_timeout_s + upstream.first_byte_timeout_s,
+        ),
+        rpm={name: each.rpm for name, each in config.providers.items() if each.rpm is not None},
+        ceiling=upstream.rpm_ceiling,
+        draw=random.random,
+        durable=store.durable,
+        metrics=metrics,
+        log=log,
     )
 
 

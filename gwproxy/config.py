@@ -490,6 +490,8 @@ class Upstream:
     connect_timeout_s: Annotated[float, _seconds("0.001", 300)] = 5.0
     idle_connection_s: Annotated[float, _seconds("0", 3600)] = 55.0
     ca_file: Annotated[Path | None, _existing_file] = None
+    total_timeout_s: Annotated[float, _seconds("0.001", _DAY_S)] = 900.0
+    retries: Annotated[int, _whole(0, 10)] = 0
     rpm_ceiling: Annotated[int | None, _whole(1, 100_000_000)] = None
     api_url: Annotated[str, _base_url] = MANAGEMENT_ROOT
     api_token: Annotated[Secret | None, _optional_token] = None
@@ -1010,7 +1012,12 @@ class _Reader:
             )
         self._check_secret(token, "upstream", "token")
         self._check_upstream_token(token, flavour, "upstream.token")
-        return Upstream(root=base_url or _cloudflare_root(found), **found)
+        upstream = Upstream(root=base_url or _cloudflare_root(found), **found)
+        if upstream.total_timeout_s < upstream.answer_timeout_s:
+            self.warnings.append(
+                "upstream.total_timeout_s is below answer_timeout_s: it ends the wait before"
+            )
+        return upstream
 
     def _providers(self, upstream: Upstream) -> dict[str, Provider]:
         providers: dict[str, Provider] = {}

@@ -215,6 +215,30 @@ class Metrics(Collector):
             "to",
             "reason",
         )
+        self._provider_attempts = self._counter(
+            "gwproxy_provider_attempts_total",
+            "Attempts at providers by what they ended with; one that was cancelled is none.",
+            "provider",
+            "outcome",
+        )
+        self._skipped = self._counter(
+            "gwproxy_candidates_skipped_total",
+            "Candidates of a chain that were passed over.",
+            "provider",
+            "reason",
+        )
+        self._breaker_states = self._gauge(
+            "gwproxy_breaker_state",
+            "A provider's breaker: 0 closed, 1 half-open, 2 open, 3 disabled by an admin.",
+            "provider",
+        )
+        self._breaker_transitions = self._counter(
+            "gwproxy_breaker_transitions_total",
+            "Changes of a provider's breaker.",
+            "provider",
+            "from",
+            "to",
+        )
         self.auth_failures = self._counter(
             "gwproxy_auth_failures_total", "Requests without a valid key."
         ).child()
@@ -309,6 +333,18 @@ class Metrics(Collector):
         if label != OTHER:  # which would be of many, the last one's
             self._token_ratio.child(label, text).value = ratio
             self._token_ratio_error.child(label, text).value = error
+
+    def provider_attempt(self, provider: str, outcome: str) -> Count:
+        return self._provider_attempts.child(self._provider(provider), outcome)
+
+    def skipped(self, provider: str, why: str) -> Count:
+        return self._skipped.child(self._provider(provider), why)
+
+    def breaker_state(self, provider: str) -> Count:
+        return self._breaker_states.child(self._provider(provider))
+
+    def breaker_transition(self, provider: str, before: str, after: str) -> Count:
+        return self._breaker_transitions.child(self._provider(provider), before, after)
 
     def _provider(self, name: str) -> str:
         return name if not name or name in self._providers else OTHER

@@ -65,6 +65,8 @@ class Gateway(BaseTestServer):
             "GWPROXY_ADMIN_KEY": ADMIN_KEY,
             "UPSTREAM_TOKEN": UPSTREAM_TOKEN,
             "GWPROXY__STORAGE__JOURNAL_SEGMENT_BYTES": "1048576",
+            # Most tests make a provider fail on purpose, and again and again.
+            "GWPROXY__BREAKER__FAILURE_THRESHOLD": "1000",
             **(environ or {}),
         }
         self.written = io.StringIO()

@@ -790,6 +790,7 @@ SAMPLES: dict[tuple[str, str], tuple[str, str]] = {
     ("upstream", "token"): ('"tok"', "tok"),
     ("upstream", "base_url"): ('"https://x/"', "https://x/"),
     ("upstream", "ca_file"): ('"config.toml"', "config.toml"),
+    ("upstream", "retries"): ("3", "3"),
     ("upstream", "api_url"): ('"https://x/"', "https://x/"),
     ("upstream", "api_token"): ('"tok3"', "tok3"),
     ("providers.*", "prefix"): ('"workers-ai"', "workers-ai"),

@@ -31,6 +31,8 @@ CONTRACT = {
     "gwproxy_overruns_total": (),
     "gwproxy_quota_refusals_total": ("scope",),
     "gwproxy_fallbacks_total": ("from", "to", "reason"),
+    "gwproxy_provider_attempts_total": ("provider", "outcome"),
+    "gwproxy_candidates_skipped_total": ("provider", "reason"),
     "gwproxy_breaker_state": ("provider",),
     "gwproxy_breaker_transitions_total": ("provider", "from", "to"),
     "gwproxy_storage_state": (),
@@ -101,6 +103,10 @@ def used() -> Metrics:
     metrics.settled("openai", "gpt-4o", "provider", (5, 1, 2, 7, 3), 0.25)
     metrics.settlement("completed").value += 1
     metrics.fallback("openai", "gemini", "status_5xx").value += 1
+    metrics.provider_attempt("openai", "success").value += 1
+    metrics.skipped("openai", "breaker open").value += 1
+    metrics.breaker_state("openai").value = 2
+    metrics.breaker_transition("openai", "closed", "open").value += 1
     metrics.quota_refusal("user").value += 1
     metrics.budget_alert("org", 80).value += 1
     metrics.overhead.observe(0.0002)

@@ -55,7 +55,7 @@ def test_every_way_in_which_a_connection_fails_is_in_the_table() -> None:
             continue  # ours, and no outcome of a provider's
         _, outcome = FAILURES[failure.reason]
         assert outcome.error_type == failure.error_type, failure
-        assert outcome.may_fall_back
+        assert outcome.may_fall_back is (failure is not upstream.TOTAL_TIMEOUT)
 
 
 @pytest.mark.parametrize("status", range(100, 600))

@@ -81,6 +81,17 @@ def lines(config: Config) -> list[str]:
             f"{config.breaker.success_threshold} successes",
         ),
         (
+            "patience",
+            f"{_seconds(upstream.total_timeout_s)} s until an answer counts, over all attempts; "
+            + (f"{upstream.retries} retries" if upstream.retries else "no retries")
+            + " of a chain's last provider; "
+            + (
+                f"at most {upstream.rpm_ceiling} requests a minute over all providers"
+                if upstream.rpm_ceiling
+                else "no ceiling over all providers"
+            ),
+        ),
+        (
             "failure mode",
             f"{config.failure.mode}; open costs at most "
             f"${_dollars(config.failure.fallback_daily_limit_usd)} per organization and day",
@@ -109,10 +120,6 @@ def lines(config: Config) -> list[str]:
     width = max(len(name) for name, _ in rows)
     text = [f"{name:<{width}}  {value}" for name, value in rows]
     text += [f"warning: {warning}" for warning in config.warnings]
-    text.append(
-        "note: this version does not enforce providers' requests a minute, rpm_ceiling and "
-        "the breaker"
-    )
     return [*text, "The configuration is fine."]
 
 
@@ -131,6 +138,14 @@ def summary(config: Config) -> dict[str, Any]:
             "flavour": upstream.flavour,
             "chat_url": upstream.root + CHAT_PATHS[upstream.flavour],
             "token_set": upstream.token is not None,
+            "total_timeout_s": upstream.total_timeout_s,
+            "retries": upstream.retries,
+            "rpm_ceiling": upstream.rpm_ceiling,
+        },
+        "breaker": {
+            "failure_threshold": config.breaker.failure_threshold,
+            "success_threshold": config.breaker.success_threshold,
+            "open_timeout_ms": config.breaker.open_timeout_ms,
         },
         "providers": {
             provider.name: {
@@ -214,6 +229,10 @@ def _chain_line(model: Model) -> str:
         f"{entry.provider}/{entry.model}" + (f" (weight {entry.weight})" if entry.weight else "")
         for entry in model.chain
     )
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:g}"
 
 
 def _dollars(amount: int) -> str:

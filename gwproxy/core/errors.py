@@ -202,6 +202,13 @@ class UpstreamFailed(GatewayError):
     error_type = "provider_error"
 
 
+class NoProviderAvailable(GatewayError):
+    """Nobody was asked: every provider that could serve the model is being left alone."""
+
+    status, type, code = 503, "server_error", "no_provider_available"
+    error_type = "provider_overloaded"
+
+
 class UpstreamMisconfigured(GatewayError):
     """The operator's fault: a bad token, a wrong prefix, no credits. Never blamed on the caller."""
 

@@ -416,7 +416,7 @@ def _settled(hold: Hold, record: Settle) -> Request:
         held=hold.amount,
         degraded=reserve.degraded,
         stream=reserve.stream,
-        edits=reserve.edits,
+        edits=reserve.edits + record.notes,
         settled_at=record.t,
         outcome=record.outcome,
         source=record.source,

@@ -51,16 +51,18 @@ class Outcome:
     error_type: str
     reason: str
     hint: str = ""
-    also_falls_back: bool = False
-    """Another provider may do better although the meaning alone would not say so."""
+    falls_back: bool | None = None
+    """Whether another provider may do better; None: as the meaning says."""
+    says: Effect | None = None
+    """To the breaker; None: as the meaning does."""
 
     @property
     def may_fall_back(self) -> bool:
-        return self.also_falls_back or self.meaning.may_fall_back
+        return self.meaning.may_fall_back if self.falls_back is None else self.falls_back
 
     @property
     def effect(self) -> Effect:
-        return Effect.NOTHING if self.also_falls_back else _EFFECTS[self.meaning]
+        return _EFFECTS[self.meaning] if self.says is None else self.says
 
 
 _M: Final = Meaning
@@ -77,8 +79,6 @@ def _failure(error_type: str, reason: str, hint: str = "") -> Outcome:
 def _caller(reason: str) -> Outcome:
     return Outcome(_M.CALLER_ERROR, "caller_invalid", reason)
 
-
-ANSWERED: Final = Outcome(_M.SUCCESS, "", "")
 
 _BLOCKED: Final = Outcome(_M.POLICY_BLOCK, "other", "policy_block")
 _LIMITED: Final = Outcome(_M.THROTTLED, "provider_rate_limited", "rate_limit_exceeded")
@@ -136,8 +136,15 @@ NO_CREDITS: Final = _operator(
     "no_credits", "the provider says that the operator's account has no credit left"
 )
 NO_CREDITS_429: Final = Outcome(
-    _M.OPERATOR_FAULT, "provider_auth", "no_credits", NO_CREDITS.hint, also_falls_back=True
+    _M.OPERATOR_FAULT,
+    "provider_auth",
+    "no_credits",
+    NO_CREDITS.hint,
+    falls_back=True,
+    says=Effect.NOTHING,
 )
+"""Of a status that moves on to the next provider; whose fault it is stays the same."""
+
 REFUSED_KEY: Final = _operator(
     "bad_token", "the provider refused the operator's key: check the one stored for it"
 )
@@ -219,7 +226,13 @@ FAILURES: Final[Mapping[str, tuple[str, Outcome]]] = {
     "total_timeout": (
         "`total_timeout_s` is over",
         # What the attempts before have used up is not this provider's fault.
-        Outcome(_M.THROTTLED, "provider_timeout", "total_timeout"),
+        Outcome(
+            _M.UPSTREAM_FAILURE,
+            "provider_timeout",
+            "total_timeout",
+            falls_back=False,
+            says=Effect.NOTHING,
+        ),
     ),
 }
 """What can go wrong below HTTP, by the reason that the connection gives."""
@@ -248,7 +261,7 @@ def of_status(status: int) -> Outcome:
 
 def rows() -> Iterator[tuple[str, Outcome]]:
     """All of it for people: what happened, and what that means."""
-    yield "an answer, or a stream's first words", ANSWERED
+    yield "an answer, or a stream's first words", Outcome(_M.SUCCESS, "", "")
     for status, outcome in STATUSES.items():
         yield f"status {status}", outcome
     yield "other 4xx", OTHER_4XX
@@ -264,3 +277,22 @@ def rows() -> Iterator[tuple[str, Outcome]]:
     yield "a stream's first event is an error that says no more (else as its status)", STATUSES[502]
     for words, outcome in FAILURES.values():
         yield words, outcome
+
+
+# -- asking the same provider again ----------------------------------------------------------------
+
+FIRST_PAUSE_S: Final = 0.25
+LONGEST_PAUSE_S: Final = 8.0
+"""Who is asked to wait longer is told so: his caller can wait better than an open connection."""
+
+
+def pause_s(tries: int, retry_after_s: int | None, draw: float) -> float | None:
+    """How long to wait before the same provider is asked again, after so many times that it was;
+    None: it asks for more patience than is left. `draw` is uniform in [0, 1)."""
+    backed_off = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0**tries)
+    if retry_after_s is None:
+        # Half of it is left to chance: who failed together does not come back together.
+        return backed_off * (0.5 + 0.5 * draw)
+    if retry_after_s > LONGEST_PAUSE_S:
+        return None
+    return retry_after_s + backed_off * draw / 2

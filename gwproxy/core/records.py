@@ -132,6 +132,8 @@ class Settle(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False, ta
     """The upstream's own name for its log line."""
     rates: Rates | None = None
     """What the tokens were multiplied with; None: more than one attempt had a cost, or none."""
+    notes: tuple[str, ...] = ()
+    """What else has to be said of how it was served, such as who was passed over."""
 
 
 class Adjust(Record, frozen=True, kw_only=True, omit_defaults=True, tag="adjust"):

@@ -72,6 +72,11 @@ class Candidate:
     verbatim: bool = False
     """Sent as it came: a price for the whole name comes before one for its parts."""
 
+    @property
+    def names(self) -> frozenset[str]:
+        """What a key's list of models may call it."""
+        return frozenset({f"{self.provider.name}/{self.model}", self.sent})
+
 
 @dataclass(frozen=True, slots=True)
 class Link:

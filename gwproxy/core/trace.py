@@ -3,6 +3,7 @@
 Ids, numbers and words of ours only: never a key, a prompt, an answer.
 """
 
+import math
 from typing import Final
 
 import msgspec
@@ -38,6 +39,10 @@ class Trace:
     stream: bool = False
     provider: str = ""
     provider_model: str = ""
+    skipped: tuple[str, ...] = ()
+    """Candidates that were passed over, each with the reason."""
+    wait_s: float = math.inf
+    """When the first of them may be asked again."""
     sent_at: float = 0.0
     first_byte_at: float = 0.0
     ended_at: float = 0.0
@@ -101,6 +106,7 @@ class Trace:
             self.price_version,
             None if tokens is None else _TokensLine(*tokens),
             self.log_id,
+            self.skipped,
             self.error_type,
             self.error_code if self.error_type else msgspec.UNSET,
             self.degraded,
@@ -152,6 +158,7 @@ class _Line(msgspec.Struct, omit_defaults=True, gc=False):
     price_version: str = ""
     tokens: _TokensLine | None = None
     cf_aig_log_id: str = ""
+    skipped: tuple[str, ...] = ()
     error_type: str = ""
     error_code: str | msgspec.UnsetType | None = msgspec.UNSET
     degraded: bool = False

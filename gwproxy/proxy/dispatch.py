@@ -5,6 +5,7 @@ counts nothing may. What failed is classified by `core.upstream_words`; this roo
 """
 
 import asyncio
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -13,7 +14,7 @@ from urllib.parse import urlsplit
 from gwproxy.core.api import Api
 from gwproxy.core.errors import Draining, GatewayError
 from gwproxy.core.identity import Principal
-from gwproxy.core.outcomes import FAILURES, NO_COMPLETION, Meaning
+from gwproxy.core.outcomes import FAILURES, NO_COMPLETION, Meaning, pause_s
 from gwproxy.core.request import ModelRequest
 from gwproxy.core.trace import Attempt, Trace
 from gwproxy.core.upstream_words import (
@@ -31,7 +32,8 @@ from gwproxy.log import Log
 from gwproxy.metrics import Metrics
 from gwproxy.proxy.reply import Patience, Reply
 from gwproxy.proxy.upstream import SHUTDOWN, TRUNCATED, Connection, Failure, Origin, Pool, Upstream
-from gwproxy.state.reservation import Planned, Priced, Reservation
+from gwproxy.state.providers import OVER_BUDGET, Entry, Providers, Skip, unavailable
+from gwproxy.state.reservation import Outcome, Planned, Priced, Reservation
 
 _NOT_AN_ANSWER = Verdict(NO_COMPLETION, 502, hint=NO_COMPLETION.hint)
 
@@ -145,14 +147,19 @@ class Dispatch:
         *,
         endpoints: Mapping[str, Endpoint],
         default: Endpoint,
+        providers: Providers,
         patience: Patience,
+        retries: int,
         metrics: Metrics,
         log: Log,
     ) -> None:
-        """`now` gives monotonic seconds. `default` serves the providers without a table."""
+        """`now` gives monotonic seconds. `default` serves the providers without a table. `retries`:
+        how often the last candidate of a chain is asked again."""
         self.loop = loop
         self.now = now
+        self.providers = providers
         self.patience = patience
+        self.retries = retries
         self.metrics = metrics
         self.log = log
         self._endpoints = endpoints
@@ -169,7 +176,15 @@ class Dispatch:
 class Sending:
     """One request on its way along the chain."""
 
-    __slots__ = ("_dispatch", "_principal", "_reply", "_request", "_reservation", "_trace")
+    __slots__ = (
+        "_dispatch",
+        "_entry",
+        "_principal",
+        "_reply",
+        "_request",
+        "_reservation",
+        "_trace",
+    )
 
     def __init__(
         self, dispatch: Dispatch, principal: Principal, reservation: Reservation, trace: Trace
@@ -180,59 +195,131 @@ class Sending:
         self._trace = trace
         self._request: ModelRequest = reservation.quote.request
         self._reply: Reply | None = None
+        self._entry: Entry | None = None
 
     async def __aenter__(self) -> Reply:
         dispatch, reservation, trace = self._dispatch, self._reservation, self._trace
-        chain = reservation.chain
-        planned, provider = chain[0], chain[0].priced.candidate.provider.name
+        deadline = trace.started + dispatch.patience.total_s
         failed: Verdict | None = None
-        for following in chain:
-            if failed is not None:
-                held = await reservation.next(following, failed.reason)
-                if held is None:
-                    continue  # what it may cost does not fit any more
-                planned, before = held, provider
-                provider = planned.priced.candidate.provider.name
-                self._fall_back(failed, before, provider)
-            if dispatch.log.debugging:
-                self._tell("Attempting provider", provider)
-            result = await self._attempt(planned)
+        planned: Planned | None = None
+        for following in reservation.chain:
+            found = await self._enter(following, failed)
+            if found is None:
+                continue
+            planned, entry = found
+            result = await self._try(planned, entry)
             if isinstance(result, Reply):
-                if dispatch.log.debugging:
-                    self._tell("Provider succeeded", provider)
                 return result
             failed = result
-            trace.attempts[-1].reason = failed.reason
-            trace.attempts[-1].error_type = failed.error_type
-            if not failed.outcome.may_fall_back:
+            if not failed.outcome.may_fall_back or dispatch.now() >= deadline:
                 break
-        assert failed is not None, "a reservation has a candidate at least"
-        raise self._give_up(failed, provider)
+        # Nobody else is left to ask: the last one once more, if that is wanted.
+        for tries in range(dispatch.retries):
+            if planned is None or failed is None or not failed.meaning.may_fall_back:
+                break
+            wait_s = pause_s(tries, failed.retry_after_s, random.random())
+            if wait_s is None or dispatch.now() + wait_s >= deadline:
+                break
+            await asyncio.sleep(wait_s)
+            found = await self._enter(planned, failed)
+            if found is None:
+                break
+            planned, entry = found
+            result = await self._try(planned, entry)
+            if isinstance(result, Reply):
+                return result
+            failed = result
+        raise self._give_up(failed)
 
-    def _tell(self, event: str, provider: str) -> None:
-        self._dispatch.log.event(
-            "debug", event, request_id=self._trace.request_id, provider=provider
-        )
+    async def _enter(
+        self, following: Planned, failed: Verdict | None
+    ) -> tuple[Planned, Entry] | None:
+        """Leave to ask a candidate, and what is held for it; None: it is passed over."""
+        dispatch, reservation, trace = self._dispatch, self._reservation, self._trace
+        provider = following.priced.candidate.provider.name
+        entry = dispatch.providers.enter(provider)
+        if isinstance(entry, Skip):
+            self._pass_over(entry)
+            return None
+        if failed is None and following is reservation.chain[0]:
+            return following, entry  # what the reservation was made for
+        try:
+            held = await reservation.next(following, failed.reason if failed else "skipped")
+        except BaseException:
+            entry.withdraw()
+            raise
+        if held is None:
+            entry.withdraw()
+            self._pass_over(Skip(provider, OVER_BUDGET))
+            return None
+        if failed is not None:
+            before = trace.attempts[-1].provider
+            dispatch.log.event(
+                "warning",
+                "Provider failed, trying next",
+                request_id=trace.request_id,
+                attempt=len(trace.attempts),
+                provider=before,
+                next=provider,
+                reason=failed.reason,
+                status=failed.status,
+                hint=failed.hint or None,
+            )
+            dispatch.metrics.fallback(before, provider, failed.reason).value += 1
+        return held, entry
 
-    def _fall_back(self, failed: Verdict, provider: str, following: str) -> None:
-        self._dispatch.log.event(
-            "warning",
-            "Provider failed, trying next",
-            request_id=self._trace.request_id,
-            provider=provider,
-            reason=failed.reason,
-            status=failed.status,
-        )
-        self._dispatch.metrics.fallback(provider, following, failed.reason).value += 1
+    def _pass_over(self, skip: Skip) -> None:
+        self._dispatch.providers.tell(self._trace, (skip,))
+        self._reservation.notes += (str(skip),)
 
-    def _give_up(self, verdict: Verdict, provider: str) -> GatewayError:
+    async def _try(self, planned: Planned, entry: Entry) -> Reply | Verdict:
+        """One attempt; the provider's breaker is told what came of it."""
+        trace = self._trace
+        provider = planned.priced.candidate.provider.name
+        self._tell("Attempting provider", provider, len(trace.attempts) + 1)
+        try:
+            result = await self._attempt(planned)
+        except BaseException:
+            entry.left()
+            raise
+        attempt = trace.attempts[-1]
+        if isinstance(result, Reply):
+            entry.answered(attempt.duration_s)
+            self._entry = entry
+            self._tell("Provider succeeded", provider, len(trace.attempts))
+            return result
+        entry.ended(result.outcome)
+        attempt.reason = result.reason
+        attempt.error_type = result.error_type
+        return result
+
+    def _tell(self, event: str, provider: str, attempt: int) -> None:
+        """What goes well at once is for those who look for it; what comes after a failure for
+        everybody."""
+        log = self._dispatch.log
+        if attempt > 1 or log.debugging:
+            log.event(
+                "info" if attempt > 1 else "debug",
+                event,
+                request_id=self._trace.request_id,
+                attempt=attempt,
+                provider=provider,
+            )
+
+    def _give_up(self, verdict: Verdict | None) -> GatewayError:
         """The last candidate's failure, logged where it is not the caller's own."""
+        trace = self._trace
+        if verdict is None:
+            # They were all there when the request was admitted: nothing was sent, nothing counts.
+            self._reservation.outcome = Outcome.VOID
+            return unavailable(trace.wait_s)
         if verdict.meaning not in (Meaning.CALLER_ERROR, Meaning.POLICY_BLOCK):
             self._dispatch.log.event(
                 "error",
                 "All providers failed",
-                request_id=self._trace.request_id,
-                provider=provider,
+                request_id=trace.request_id,
+                attempts=len(trace.attempts),
+                provider=trace.attempts[-1].provider,
                 reason=verdict.reason,
                 status=verdict.status,
                 hint=verdict.hint or None,
@@ -245,8 +332,15 @@ class Sending:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._reply is not None:
-            self._reply.close()
+        reply, entry = self._reply, self._entry
+        if reply is None:
+            return
+        if entry is not None and reply.events is not None and reply.ended and reply.wanted:
+            if reply.failure is None and reply.events.complete:
+                entry.completed()
+            elif reply.failure is not SHUTDOWN:
+                entry.broke(reply.failure.reason if reply.failure else TRUNCATED.reason)
+        reply.close()
 
     async def _attempt(self, planned: Planned) -> Reply | Verdict:
         """One candidate: its reply, or what its failure means."""
@@ -280,6 +374,7 @@ class Sending:
                     request=request,
                     on_accepted=reservation.answering,
                 )
+                reply.deadline = trace.started + dispatch.patience.total_s
                 self._reply = reply
                 reservation.sent()
                 trace.sent_at = reply.sent_at

@@ -5,7 +5,7 @@ authenticate, parse, quote, reserve, send, relay, settle.
 import asyncio
 import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 from aiohttp import web
@@ -27,6 +27,7 @@ from gwproxy.proxy.reply import Reply
 from gwproxy.state.accounts import fields
 from gwproxy.state.books import Books
 from gwproxy.state.keyring import Keyring
+from gwproxy.state.providers import NOT_ALLOWED, Providers, Skip
 from gwproxy.state.reservation import Outcome, Quote, Reservation
 
 _JSON: Final = "Content-Type: application/json\r\n"
@@ -56,6 +57,7 @@ class ModelHandler:
         routes: Routes,
         books: Books,
         dispatch: Dispatch,
+        providers: Providers,
         metrics: Metrics,
         clock: Callable[[], float],
     ) -> None:
@@ -69,6 +71,7 @@ class ModelHandler:
         self._resolve = functools.lru_cache(maxsize=1024)(self._candidates)
         self._books = books
         self._dispatch = dispatch
+        self._providers = providers
         self._metrics = metrics
         self._clock = clock
 
@@ -100,8 +103,10 @@ class ModelHandler:
 
     async def _quote(self, principal: Principal, call: ModelRequest, trace: Trace) -> Quote:
         allowed = principal.allowed_models
-        chain = self._resolve(call.model)
-        if chain is None or (allowed is not None and call.model not in allowed):
+        chain: Sequence[Candidate] | None = self._resolve(call.model)
+        if chain is not None and allowed is not None and call.model not in allowed:
+            chain = self._permitted(chain, allowed, trace) or None
+        if chain is None:
             # One answer for both: nobody can probe for models that he may not use.
             raise ModelNotFound(
                 "The model does not exist or this key may not use it. "
@@ -116,7 +121,18 @@ class ModelHandler:
                 param="model",
                 code="model_not_supported",
             )
-        return await self._books.quote(principal, call, ordered(chain, random.random()))
+        available = self._providers.available(ordered(chain, random.random()), trace)
+        return await self._books.quote(principal, call, available)
+
+    def _permitted(
+        self, chain: Sequence[Candidate], allowed: Collection[str], trace: Trace
+    ) -> Sequence[Candidate]:
+        """Of a chain whose own name a key may not use, what it may use under other names."""
+        permitted = [each for each in chain if not each.names.isdisjoint(allowed)]
+        if permitted:
+            over = [each.provider.name for each in chain if each not in permitted]
+            self._providers.tell(trace, [Skip(name, NOT_ALLOWED) for name in over])
+        return permitted
 
     async def _relay(
         self, request: web.BaseRequest, reply: Reply, reservation: Reservation, trace: Trace

@@ -184,7 +184,7 @@ class Relay:
 
     def on_end(self, failure: Failure | None) -> None:
         # After [DONE] nothing can be missing, however the connection ended.
-        self.failure = None if self._events.done else failure
+        self.failure = self._reply.failure = None if self._events.done else failure
         if failure is None and self._drained is None:
             last = self._events.finish()
             if last:

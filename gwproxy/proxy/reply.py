@@ -6,6 +6,7 @@ provider may still be tried and the client has seen nothing; at most 64 KiB wait
 """
 
 import asyncio
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -20,6 +21,7 @@ from gwproxy.proxy.upstream import (
     FIRST_BYTE_TIMEOUT,
     IDLE_TIMEOUT,
     TOO_LARGE,
+    TOTAL_TIMEOUT,
     Connection,
     Failure,
 )
@@ -37,6 +39,8 @@ class Patience:
     idle_s: float
     early_commit_s: float
     """0: never. Above: a stream whose head came counts after so long, whatever it has said."""
+    total_s: float = math.inf
+    """From a request's arrival until an answer counts, over all its attempts."""
 
 
 class Reply:
@@ -49,6 +53,10 @@ class Reply:
     headers: Mapping[str, str] = MappingProxyType({})
     failure: Failure | None = None
     ended = False
+    wanted = True
+    """False: we were the ones to end it."""
+    deadline = math.inf
+    """When it has to count at the latest, in monotonic seconds."""
     answer: Mapping[str, Any] = MappingProxyType({})
     """A whole answer parsed, and `whole` its bytes; set by whoever judged it."""
     whole = b""
@@ -98,6 +106,7 @@ class Reply:
         """No more of this answer is wanted."""
         if not self.ended:
             self.ended = True
+            self.wanted = False
             self.connection.abort()
 
     # -- the connection's side ---------------------------------------------------------------
@@ -138,7 +147,10 @@ class Reply:
 
     def tick(self, now: float) -> None:
         patience = self._patience
-        if not self._asked_stream:
+        if now > self.deadline:
+            if not self.decided.done():
+                self.connection.fail(TOTAL_TIMEOUT)
+        elif not self._asked_stream:
             if now - self.sent_at > patience.answer_s:
                 self.connection.fail(ANSWER_TIMEOUT)
         elif self.events is not None and 0 < patience.early_commit_s < now - self.sent_at:

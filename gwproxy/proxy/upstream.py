@@ -66,6 +66,7 @@ TOO_LARGE = Failure("too_large", "provider_error", sent=True)
 FIRST_BYTE_TIMEOUT = Failure("first_byte_timeout", "provider_timeout", sent=True)
 ANSWER_TIMEOUT = Failure("answer_timeout", "provider_timeout", sent=True)
 IDLE_TIMEOUT = Failure("idle_timeout", "provider_timeout", sent=True)
+TOTAL_TIMEOUT = Failure("total_timeout", "provider_timeout", sent=True)
 SHUTDOWN = Failure("shutdown", "other", sent=True)
 
 

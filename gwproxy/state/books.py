@@ -6,6 +6,7 @@ on, to its one settlement, is in `state.reservation`.
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
@@ -28,6 +29,7 @@ from gwproxy.state.accounts import Accounts
 from gwproxy.state.keyring import Keyring
 from gwproxy.state.ledger import RETRY_AFTER_S, Ledger, RecordUncertain
 from gwproxy.state.outage import Outage
+from gwproxy.state.providers import OVER_BUDGET, Skip, unavailable
 from gwproxy.state.rates import Rates
 from gwproxy.state.reservation import Desk, Planned, Priced, Quote, Reservation, Spent
 
@@ -164,7 +166,7 @@ class Books:
         room = left(ledger.state, own)
 
         chain: list[Planned] = []
-        edits = list(quote.request.edits)
+        edits = [*trace.skipped, *quote.request.edits]
         refused: tuple[tuple[Account, ...], Short] | None = None
         for priced in quote.priced:
             provider = priced.candidate.provider.name
@@ -186,7 +188,8 @@ class Books:
                 # A provider's budget is the reason only where it is that of every candidate.
                 if refused is None or (accounts is own and refused[0] is not own):
                     refused = (accounts, found)
-                edits.append(f"skipped {provider}: over budget")
+                edits.append(str(Skip(provider, OVER_BUDGET)))
+                self._metrics.skipped(provider, OVER_BUDGET).value += 1
             else:
                 chain.append(Planned(priced, found))
 
@@ -196,6 +199,9 @@ class Books:
             rates.undo()
             assert refused is not None, "a quote has a candidate at least"
             accounts, short = refused
+            if accounts is not own and trace.wait_s < math.inf:
+                # Nor is it the reason where others of the chain may be back in a minute.
+                raise unavailable(trace.wait_s)
             refusal = self.accounts.refuse(
                 ledger.state, accounts, short.needed, short.fits, stamp["t"]
             )

@@ -127,11 +127,13 @@ class Reservation:
         "_spent",
         "_stage",
         "_status",
+        "cached",
         "chain",
         "degraded",
         "lsn",
         "mark",
         "meter",
+        "notes",
         "outcome",
         "periods",
         "plan",
@@ -177,6 +179,10 @@ class Reservation:
         self.scarce = False
         """The end of what is held is near: of several events at once some may fit and some not."""
         self.outcome: Outcome | None = None
+        self.cached = False
+        """The upstream answered from its own cache, for which it charges nothing."""
+        self.notes: tuple[str, ...] = ()
+        """For the receipt: what has to be said beside the figures."""
 
     async def __aenter__(self) -> Self:
         try:
@@ -212,6 +218,7 @@ class Reservation:
         self.plan = planned.plan
         self._stage = _Stage.NOT_SENT
         self._fits = _NEVER
+        self.cached = False
         self.mark = 0
         meter = self.meter = self.quote.request.meter(self._desk.count)
         return meter
@@ -374,7 +381,11 @@ class Reservation:
         overrun = max(0, cost - self._hold().amount)
         source = trace.source
         rates: Rates | None = None
-        if len(spent) == 1:
+        notes = self.notes
+        if self.cached:
+            rates = 0, 0, 0, 0
+            notes += ("answered by the upstream's cache, which costs nothing",)
+        elif len(spent) == 1:
             tier = spent[0].priced.rate.tier(spent[0].usage.input_total)
             rates = tier.input, tier.cache_read, tier.cache_write, tier.output
         attempts = tuple(
@@ -406,6 +417,7 @@ class Reservation:
                     status=status,
                     log_id=trace.log_id,
                     rates=rates,
+                    notes=notes,
                 )
             )
 
@@ -416,7 +428,7 @@ class Reservation:
     def _spend(self, usage: Usage, source: str) -> None:
         priced = self._priced
         assert priced is not None, "an attempt that was sent has a candidate"
-        cost = priced.rate.cost(usage)
+        cost = 0 if self.cached else priced.rate.cost(usage)
         self._spent.append(Spent(priced, usage, source, cost))
         if self.trace.attempts:
             self.trace.attempts[-1].cost += cost

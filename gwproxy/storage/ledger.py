@@ -363,7 +363,7 @@ _insert_requests: Final = _Insert(
 )
 _SETTLE_REQUEST: Final = """
     UPDATE request SET provider = ?9, upstream_model = ?10, held = ?12, settled_at = ?16,
-        outcome = ?17, source = ?18, cost = ?19, overrun = ?20, input_tokens = ?21,
+        edits = ?15, outcome = ?17, source = ?18, cost = ?19, overrun = ?20, input_tokens = ?21,
         cache_read_tokens = ?22, cache_write_tokens = ?23, output_tokens = ?24,
         reasoning_tokens = ?25, attempts = ?26, status = ?27, log_id = ?28, rates = ?29
     WHERE lsn = ?1 AND settled_at IS NULL"""
