@@ -21,8 +21,10 @@ from typing import Final
 from aiohttp import web
 
 from gwproxy import assets
+from gwproxy.admin.ask import Route as AdminRoute
 from gwproxy.admin.auth import AdminAuth
 from gwproxy.admin.health import Health
+from gwproxy.admin.providers import Providers as ProviderPlane
 from gwproxy.admin.routes import BODY_LIMIT_BYTES, over_http
 from gwproxy.admin.routes import routes as admin_routes
 from gwproxy.config import Config, Listen
@@ -157,7 +159,7 @@ class App:
 
         upstream = self._open_upstream(metrics)
         self._upstream = upstream
-        providers = build_providers(config, routes, store, metrics, self.log)
+        providers = build_providers(config, store, metrics, self.log)
         dispatch = self._build_dispatch(upstream, providers, metrics)
         factors = Factors()
         metrics.refresh.append(functools.partial(_show_factors, metrics, factors))
@@ -250,7 +252,7 @@ class App:
                 guard=admins_only,
                 identified=True,
             )
-            for each in admin_routes(store)
+            for each in admin_routes(store, ProviderPlane(providers, accounts, ledger))
         ]
         scrape_guard = None
         if config.admin.listen is None and not config.metrics.open:
@@ -512,16 +514,15 @@ def build_routes(config: Config, prices: PriceBook) -> Routes:
     )
 
 
-def build_providers(
-    config: Config, routes: Routes, store: Store, metrics: Metrics, log: Log
-) -> Providers:
+def build_providers(config: Config, store: Store, metrics: Metrics, log: Log) -> Providers:
     """How the providers stand, from what was recorded of them and what is configured."""
     upstream, breaker = config.upstream, config.breaker
-    names = [*routes.providers, *([] if routes.passthrough is None else [PASSTHROUGH])]
+    as_openai = upstream.flavour == "openai"
     return Providers(
         store.ledger,
         time.monotonic,
-        names=names,
+        names=[*config.providers, *([PASSTHROUGH] if as_openai else [])],
+        known=() if as_openai else CATALOGUE.values(),
         terms=breakers.Terms(
             failure_threshold=breaker.failure_threshold,
             success_threshold=breaker.success_threshold,
@@ -535,6 +536,14 @@ def build_providers(
         metrics=metrics,
         log=log,
     )
+
+
+def admin_plane(config: Config, store: Store, log: Log) -> tuple[AdminRoute, ...]:
+    """All that can be asked of the admin plane, for a command that has opened the store itself."""
+    metrics = Metrics(frozenset(config.providers), frozenset())
+    providers = build_providers(config, store, metrics, log)
+    accounts = Accounts(store.keyring, terms(config))
+    return admin_routes(store, ProviderPlane(providers, accounts, store.ledger))
 
 
 def kept(config: Config) -> Kept:

@@ -19,6 +19,7 @@ from gwproxy.admin.organizations import (
     OrganizationQuery,
     Organizations,
 )
+from gwproxy.admin.providers import Providers
 from gwproxy.admin.usage import Usage
 from gwproxy.admin.users import (
     MemberQuery,
@@ -40,13 +41,15 @@ HttpHandler = Callable[..., Awaitable[web.StreamResponse]]
 """Called with the request, its id, and the parameters of its path by their names."""
 
 
-def routes(store: Store) -> tuple[Route, ...]:
-    """All that can be asked of the admin plane of `store`."""
+def routes(store: Store, providers: Providers | None = None) -> tuple[Route, ...]:
+    """All that can be asked of the admin plane of `store`; None: of a plane that has no providers
+    behind it."""
     return (
         *_of_users(Users(store.directory)),
         *_of_keys(Keys(store.directory)),
         *_of_organizations(Organizations(store.directory), Users(store.directory)),
         *Usage(store).routes(),
+        *(() if providers is None else providers.routes()),
     )
 
 

@@ -22,12 +22,14 @@ import orjson
 from gwproxy.admin import ask as asked
 from gwproxy.admin.ask import Route
 from gwproxy.admin.body import MOST_PER_PAGE, Page
-from gwproxy.admin.routes import ask_directly, routes
+from gwproxy.admin.routes import ask_directly
+from gwproxy.app import admin_plane
 from gwproxy.cli.offline import opened
 from gwproxy.config import Config, ConfigError, Listen, find_config, load
 from gwproxy.core.errors import GatewayError
 from gwproxy.core.identity import is_id, parse
 from gwproxy.core.routing import CATALOGUE
+from gwproxy.log import Log
 from gwproxy.state.directory import Author
 from gwproxy.storage.database import DatabaseInUse, DatabaseRefused
 from gwproxy.storage.segments import JournalInUse, JournalRefused
@@ -68,38 +70,34 @@ class _Stop(Exception):
 
 def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `users`, `orgs` and `keys`; each of their commands sets `func(args) -> exit code`."""
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--config", metavar="FILE", help="default: $GWPROXY_CONFIG, ./config.toml")
-    common.add_argument("--url", help="the server's admin address, where the configuration's fails")
-    common.add_argument("--json", action="store_true", help="print JSON")
-
+    common = common_arguments()
     limits = argparse.ArgumentParser(add_help=False)
     limits.add_argument("--monthly-limit-usd", metavar="USD", help='such as "12.50"')
     limits.add_argument("--rpm", type=int, help="requests a minute")
     limits.add_argument("--tpm", type=int, help="tokens a minute")
     limits.add_argument("--max-parallel", type=int, help="requests at once")
 
-    users = _family(subparsers, "users", "who may call: create, list, show")
+    users = family(subparsers, "users", "who may call: create, list, show")
     create = users.add_parser("create", parents=[common, limits], help="create a user")
     create.add_argument("--id", metavar="ID", help="default: a generated one")
     create.add_argument("--email")
     create.add_argument("--org", metavar="ID", help="default: the organization `default`")
-    create.set_defaults(func=_runs(_create_user))
+    create.set_defaults(func=runs(_create_user))
     _add_list(users, common, _list_users)
     _add_show(users, common, _show_user)
 
-    orgs = _family(subparsers, "orgs", "organizations: create, list, show")
+    orgs = family(subparsers, "orgs", "organizations: create, list, show")
     create = orgs.add_parser("create", parents=[common], help="create an organization")
     create.add_argument("--id", metavar="ID", help="default: a generated one")
     create.add_argument("--name")
     create.add_argument("--monthly-budget-usd", metavar="USD", help='such as "1000"')
     create.add_argument("--failure-mode", choices=["open", "closed"])
     create.add_argument("--fallback-daily-limit-usd", metavar="USD")
-    create.set_defaults(func=_runs(_create_org))
+    create.set_defaults(func=runs(_create_org))
     _add_list(orgs, common, _list_orgs)
     _add_show(orgs, common, _show_org)
 
-    keys = _family(subparsers, "keys", "users' API keys: create, list, check")
+    keys = family(subparsers, "keys", "users' API keys: create, list, check")
     create = keys.add_parser(
         "create",
         parents=[common, limits],
@@ -112,7 +110,7 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     create.add_argument(
         "--allow-model", metavar="MODEL", action="append", help="may be repeated; default: all"
     )
-    create.set_defaults(func=_runs(_create_key))
+    create.set_defaults(func=runs(_create_key))
     listing = _add_list(keys, common, _list_keys)
     listing.add_argument("--user", metavar="ID", required=True)
     check = keys.add_parser(
@@ -126,7 +124,16 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     check.set_defaults(func=_check_key)
 
 
-def _family(
+def common_arguments() -> argparse.ArgumentParser:
+    """What every command takes that asks the admin plane."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--config", metavar="FILE", help="default: $GWPROXY_CONFIG, ./config.toml")
+    common.add_argument("--url", help="the server's admin address, where the configuration's fails")
+    common.add_argument("--json", action="store_true", help="print JSON")
+    return common
+
+
+def family(
     subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, words: str
 ) -> "argparse._SubParsersAction[argparse.ArgumentParser]":
     return subparsers.add_parser(name, help=words).add_subparsers(metavar="COMMAND", required=True)
@@ -139,7 +146,7 @@ def _add_list(
 ) -> argparse.ArgumentParser:
     parser = family.add_parser("list", parents=[common], help="list them")
     parser.add_argument("--deleted", action="store_true", help="deleted and revoked ones too")
-    parser.set_defaults(func=_runs(command))
+    parser.set_defaults(func=runs(command))
     return parser
 
 
@@ -150,7 +157,7 @@ def _add_show(
 ) -> None:
     parser = family.add_parser("show", parents=[common], help="show one of them")
     parser.add_argument("id", metavar="ID")
-    parser.set_defaults(func=_runs(command))
+    parser.set_defaults(func=runs(command))
 
 
 # -- the commands --------------------------------------------------------------------------------
@@ -158,7 +165,7 @@ def _add_show(
 
 async def _create_user(args: argparse.Namespace, call: Call) -> int:
     body = _body(user_id=args.id, email=args.email, org_id=args.org, **_limits(args))
-    _print_one(args, await call(Ask("POST", ("users",), body)))
+    print_one(args, await call(Ask("POST", ("users",), body)))
     return FINE
 
 
@@ -169,7 +176,7 @@ async def _list_users(args: argparse.Namespace, call: Call) -> int:
 
 
 async def _show_user(args: argparse.Namespace, call: Call) -> int:
-    _print_one(args, await call(Ask("GET", ("users", args.id))))
+    print_one(args, await call(Ask("GET", ("users", args.id))))
     return FINE
 
 
@@ -181,7 +188,7 @@ async def _create_org(args: argparse.Namespace, call: Call) -> int:
         failure_mode=args.failure_mode,
         fallback_daily_limit_usd=args.fallback_daily_limit_usd,
     )
-    _print_one(args, await call(Ask("POST", ("organizations",), body)))
+    print_one(args, await call(Ask("POST", ("organizations",), body)))
     return FINE
 
 
@@ -192,7 +199,7 @@ async def _list_orgs(args: argparse.Namespace, call: Call) -> int:
 
 
 async def _show_org(args: argparse.Namespace, call: Call) -> int:
-    _print_one(args, await call(Ask("GET", ("organizations", args.id))))
+    print_one(args, await call(Ask("GET", ("organizations", args.id))))
     return FINE
 
 
@@ -254,7 +261,7 @@ def _body(**fields: Any) -> bytes:
 # -- how a command runs --------------------------------------------------------------------------
 
 
-def _runs(command: Command) -> Callable[[argparse.Namespace], int]:
+def runs(command: Command) -> Callable[[argparse.Namespace], int]:
     def run(args: argparse.Namespace) -> int:
         try:
             config = load(find_config(args.config, os.environ), os.environ, catalogue=CATALOGUE)
@@ -280,7 +287,7 @@ async def _run(args: argparse.Namespace, config: Config, command: Command) -> in
         return await command(args, _over_http(config, args.url))
     try:
         async with opened(config) as store:
-            return await command(args, _offline(routes(store)))
+            return await command(args, _offline(admin_plane(config, store, Log(sys.stderr))))
     except (DatabaseInUse, JournalInUse) as in_use:
         # Its owner is the server, as a rule: whoever holds the lock is the one to be asked.
         try:
@@ -426,7 +433,7 @@ def _print_json(value: object) -> None:
     print(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
 
 
-def _print_one(args: argparse.Namespace, row: dict[str, Any]) -> None:
+def print_one(args: argparse.Namespace, row: dict[str, Any]) -> None:
     if args.json:
         _print_json(row)
         return

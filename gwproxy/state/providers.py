@@ -166,6 +166,7 @@ class Providers:
         now: Callable[[], float],
         *,
         names: Iterable[str],
+        known: Iterable[str] = (),
         terms: breakers.Terms,
         rpm: Mapping[str, int],
         ceiling: int | None,
@@ -174,11 +175,11 @@ class Providers:
         metrics: Metrics,
         log: Log,
     ) -> None:
-        """`now` gives monotonic seconds, `draw` numbers from [0, 1). `ceiling` is of requests a
-        minute over all providers."""
+        """`names` are configured, `known` those that are served without. `now` gives monotonic
+        seconds, `draw` numbers from [0, 1). `ceiling` is of requests a minute over all."""
         self.now = now
         self.draw = draw
-        self.configured = tuple(names)
+        self._known = frozenset(known)
         self._ledger = ledger
         self._terms = terms
         self._rpm = rpm
@@ -188,7 +189,7 @@ class Providers:
         self._metrics = metrics
         self._log = log
         self._standings: dict[str, Standing] = {}
-        for name in self.configured:
+        for name in (*names, *(self._known & ledger.state.breakers.keys())):
             self.of(name)
 
     def of(self, name: str) -> Standing:
@@ -206,11 +207,10 @@ class Providers:
 
     def named(self, name: str) -> Standing:
         """One that is there; NotFound."""
-        standing = self._standings.get(name)
-        if standing is None:
-            known = ", ".join(sorted(self._standings)) or "none"
-            raise NotFound(f"There is no provider of this name. Known: {known}.")
-        return standing
+        if name not in self._standings and name not in self._known:
+            shown = ", ".join(sorted(self._standings)) or "none"
+            raise NotFound(f"There is no provider of this name. Known: {shown}.")
+        return self.of(name)
 
     # -- before an attempt -------------------------------------------------------------------------
 
