@@ -19,8 +19,8 @@ from gwproxy.core.records import Adjust, decode
 from gwproxy.log import Log
 from gwproxy.state.archive import Archive, is_due
 from gwproxy.state.ledger import Ledger
-from gwproxy.storage import archive as files_of
-from gwproxy.storage.archive import SLICE_ROWS, ArchiveRefused, archives, check
+from gwproxy.storage import archive_file
+from gwproxy.storage.archive_file import SLICE_ROWS, ArchiveRefused, archives, check
 from gwproxy.storage.database import Database
 from gwproxy.storage.files import OS_FILES, OsFiles
 from gwproxy.storage.ledger import Older, Writer, load_state, loaded_since, read_mark
@@ -271,7 +271,7 @@ SLOW = pytest.mark.slow
 async def test_wherever_it_is_killed_nothing_is_lost_and_nothing_there_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
 ) -> None:
-    monkeypatch.setattr(files_of, "SLICE_ROWS", 11)
+    monkeypatch.setattr(archive_file, "SLICE_ROWS", 11)
     (tmp_path / "whole").mkdir()
     async with opened(tmp_path / "whole") as office:
         some(office, 3)
@@ -310,7 +310,7 @@ async def test_wherever_it_is_killed_nothing_is_lost_and_nothing_there_twice(
 async def test_everything_adds_up_while_the_rows_leave(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files_of, "SLICE_ROWS", 7)
+    monkeypatch.setattr(archive_file, "SLICE_ROWS", 7)
     async with opened(tmp_path) as office:
         some(office)
         await standing_rows(office)

@@ -1,5 +1,5 @@
 """`gwproxy ledger`: is it right, how does an account stand, how did it stand, what would other
-prices have made of it. Nothing here changes anything but `accept-loss`.
+prices have made of it. Nothing here changes anything but `accept-loss` (and `archive`, next door).
 """
 
 import argparse
@@ -15,6 +15,7 @@ from typing import Any, Final
 import orjson
 
 from gwproxy import assets
+from gwproxy.cli import archive
 from gwproxy.cli.offline import opened
 from gwproxy.config import Config, ConfigError, find_config, load
 from gwproxy.core.ledger import BrokenLedger, State, apply
@@ -26,7 +27,7 @@ from gwproxy.core.routing import CATALOGUE
 from gwproxy.core.usage import Usage
 from gwproxy.storage import inspect, reports
 from gwproxy.storage.database import DatabaseRefused
-from gwproxy.storage.ledger import load_state
+from gwproxy.storage.ledger import Older, fetch_balance, load_state, loaded_since
 from gwproxy.storage.scan import Scan
 from gwproxy.storage.segments import CHUNK_BYTES, JournalRefused
 from gwproxy.storage.verify import findings
@@ -45,7 +46,7 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     common.add_argument("--config", metavar="FILE", help="default: $GWPROXY_CONFIG, ./config.toml")
     common.add_argument("--json", action="store_true", help="print JSON")
     family = subparsers.add_parser(
-        "ledger", help="the ledger: verify, show, replay, rerate"
+        "ledger", help="the ledger: verify, show, replay, rerate, archive"
     ).add_subparsers(metavar="COMMAND", required=True)
 
     verify = family.add_parser(
@@ -83,6 +84,16 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     rerate.add_argument("--month", metavar="YYYY-MM", help="default: all that is there")
     rerate.set_defaults(func=_runs(_rerate))
 
+    archived = family.add_parser(
+        "archive",
+        parents=[common],
+        help="months that are long over, out of the database and into files",
+        description="Archives what is due by [storage] keep_months, while no server runs: a "
+        "running one does it by itself. With --list, --verify or --find it only looks.",
+    )
+    archive.add_arguments(archived)
+    archived.set_defaults(func=_runs(archive.run))
+
     accept = family.add_parser(
         "accept-loss",
         parents=[common],
@@ -116,7 +127,7 @@ def _runs(
 def _verify(args: argparse.Namespace, config: Config) -> int:
     with inspect.tables(config.storage.path) as tables:
         found = inspect.journal(config.storage.journal, tables.mark.lsn)
-        faults = [*_journal_faults(found, tables)]
+        faults = asyncio.run(_journal_faults(found, tables))
         faults += [str(each) for each in asyncio.run(tables.run(lambda c: [*findings(c)]))]
         lsn = tables.mark.lsn
     report = {
@@ -138,26 +149,37 @@ def _verify(args: argparse.Namespace, config: Config) -> int:
     return FAILED if faults else FINE
 
 
-def _journal_faults(found: Scan, tables: inspect.Tables) -> Iterator[str]:
+async def _journal_faults(found: Scan, tables: inspect.Tables) -> list[str]:
     """The records that the database does not have yet are checked against it; where the journal
     goes back to its beginning, all of it is."""
     trail = found.trail
     if not trail.segments:
-        return
+        return []
     mark = tables.mark
-    stored = asyncio.run(load_state(tables, breathe=_breathe))
     if trail.end.lsn < mark.lsn:
-        yield f"the database has record {mark.lsn}, the journal ends with {trail.end.lsn}"
-        return
+        return [f"the database has record {mark.lsn}, the journal ends with {trail.end.lsn}"]
+    stored = await load_state(tables, breathe=_breathe)
+    since = loaded_since(mark.t)
+    faults: list[str] = []
+
+    async def compare() -> None:
+        for key in state.balances:
+            if key[1] < since and key not in stored.balances:
+                await fetch_balance(tables, stored, key)
+        faults.extend(differences(state, stored))
+
     from_the_start = trail.segments[0].first_lsn == 1
     state = State() if from_the_start else stored
+    older = Older(tables, state, "" if from_the_start else since)
     for record in _records(found, state.lsn):
         if from_the_start and record.lsn == mark.lsn + 1:
-            yield from differences(state, stored)
-        yield from unlawful(state, record)
+            await compare()
+        faults += unlawful(state, record)
+        await older.ready(record)
         apply(state, record)
     if from_the_start and state.lsn == mark.lsn:
-        yield from differences(state, stored)
+        await compare()
+    return faults
 
 
 def _records(found: Scan, after_lsn: int) -> Iterator[AnyRecord]:
@@ -178,9 +200,8 @@ async def _breathe() -> None:
 
 def _show(args: argparse.Namespace, config: Config) -> int:
     with inspect.tables(config.storage.path) as tables:
-        state = asyncio.run(load_state(tables, breathe=_breathe))
-        for record in _records(inspect.journal(config.storage.journal, tables.mark.lsn), state.lsn):
-            apply(state, record)
+        found = inspect.journal(config.storage.journal, tables.mark.lsn)
+        state = asyncio.run(_state_now(found, tables))
     rows = [
         _row(account, period, balance.spent, balance.credited, balance.count, balance.held)
         for (account, period), balance in sorted(state.balances.items())
@@ -188,6 +209,15 @@ def _show(args: argparse.Namespace, config: Config) -> int:
     ]
     _print_rows(args, rows, {"as_of_lsn": state.lsn})
     return FINE
+
+
+async def _state_now(found: Scan, tables: inspect.Tables) -> State:
+    state = await load_state(tables, breathe=_breathe)
+    older = Older(tables, state, loaded_since(tables.mark.t))
+    for record in _records(found, state.lsn):
+        await older.ready(record)
+        apply(state, record)
+    return state
 
 
 def _replay(args: argparse.Namespace, config: Config) -> int:
@@ -201,12 +231,19 @@ def _replay(args: argparse.Namespace, config: Config) -> int:
     at_ms = int((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() * 1000)
     with inspect.tables(config.storage.path) as tables:
         stood = asyncio.run(tables.run(lambda c: reports.balances_at(c, at_ms)))
+        archived = asyncio.run(tables.run(lambda c: reports.archived_within(c, at_ms)))
     rows = [
         _row(account, period, spent, credited, count, held)
         for account, period, spent, credited, count, held in stood
         if args.account in (None, account)
     ]
-    _print_rows(args, rows, {"at": args.at, "as_of_lsn": tables.mark.lsn})
+    more = {"at": args.at, "as_of_lsn": tables.mark.lsn, "archived_months": archived}
+    _print_rows(args, rows, more)
+    if archived and not args.json:
+        print(
+            f"In the archive, so that only its files tell how it stood then: {', '.join(archived)}",
+            file=sys.stderr,
+        )
     return FINE
 
 

@@ -19,8 +19,8 @@ from gwproxy.core.period import DAY_MS, end_ms, months_between, periods
 from gwproxy.core.records import Close
 from gwproxy.log import Log
 from gwproxy.state.ledger import Ledger, RecordUncertain
-from gwproxy.storage import archive
-from gwproxy.storage.archive import Archived, ArchiveRefused, Head
+from gwproxy.storage import archive, archive_file
+from gwproxy.storage.archive_file import Archived, ArchiveRefused, Head
 from gwproxy.storage.files import Files, make_private
 from gwproxy.storage.ledger import Storage, Store, Writer, fetch_balance
 
@@ -142,11 +142,11 @@ class Archive:
     async def _go_on(self) -> None:
         """With files whose month has not left the tables yet, as after a crash or a rebuilding."""
         files, run = self._files, self._database.run
-        paths = await asyncio.to_thread(archive.archives, files, self._folder)
+        paths = await asyncio.to_thread(archive_file.archives, files, self._folder)
         if paths:
             await self._caught_up()
         for path in paths:
-            head, first = await asyncio.to_thread(archive.beginning, files, path)
+            head, first = await asyncio.to_thread(archive_file.beginning, files, path)
             if head.ledger_id != self._ledger.journal.ledger_id:
                 raise ArchiveRefused(f"{path}: belongs to another ledger.")
             closed_with = await run(partial(archive.closed_with, head=head))
@@ -154,7 +154,7 @@ class Archive:
                 if await run(partial(archive.stands, row=first)):
                     await self._erase(path, closed_with)
             elif closed_with is None:
-                found = await asyncio.to_thread(archive.check, files, path)
+                found = await asyncio.to_thread(archive_file.check, files, path)
                 if await run(partial(archive.is_named, hash=found.hash)):
                     await self._close_and_erase(found)
                 elif first is not None and not await run(partial(archive.stands, row=first)):
@@ -227,9 +227,9 @@ class Archive:
     async def _erase(self, path: Path, hash: str) -> None:
         """Remove from the tables what stands in the file, when it is the one that was meant."""
         files = self._files
-        if await asyncio.to_thread(archive.digest_of, files, path) != hash:
+        if await asyncio.to_thread(archive_file.digest_of, files, path) != hash:
             raise ArchiveRefused(f"{path}: is not the file that its accounts were closed with.")
-        slices = archive.slices(files, path)
+        slices = archive_file.slices(files, path)
         while (rows := await asyncio.to_thread(next, slices, None)) is not None:
             await self._caught_up(MOST_BEHIND)
             started = time.monotonic()
@@ -260,5 +260,5 @@ class Archive:
             await self._writer.reached(self._ledger.state.lsn - but)
 
     def _look_for_months(self) -> None:
-        months = [path.name[:7] for path in archive.archives(self._files, self._folder)]
+        months = [path.name[:7] for path in archive_file.archives(self._files, self._folder)]
         self.until = max(months, default=None)

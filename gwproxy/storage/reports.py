@@ -241,20 +241,43 @@ def balances_at(
     return connection.execute(_BALANCES_AT, {"at": at_ms}).fetchall()
 
 
-_BALANCES_AT: Final = """
+def archived_within(connection: sqlite3.Connection, at_ms: int) -> list[str]:
+    """The months that were under way at a moment and have left the tables since."""
+    rows = connection.execute(
+        f"SELECT DISTINCT substr(period, 1, 7) FROM closed WHERE {_ENDED_MS} > ?1"
+        " AND 1000 * strftime('%s', substr(period, 1, 7) || '-01') <= ?1 ORDER BY 1",
+        (at_ms,),
+    )
+    return [row[0] for row in rows]
+
+
+_ENDED_MS: Final = """1000 * iif(length(period) = 7,
+    strftime('%s', period || '-01', '+1 month'), strftime('%s', period, '+1 day'))"""
+
+# Of what was archived there is what it came to in the end.
+_BALANCES_AT: Final = f"""
     SELECT account, period, sum(spent), sum(credited), sum(count), sum(held) FROM (
         SELECT account, period,
             iif(type = 'grant', 0, amount) AS spent, iif(type = 'grant', amount, 0) AS credited,
             0 AS count, 0 AS held
-        FROM entry WHERE t <= :at
+        FROM entry AS line
+        WHERE coalesce(t, (SELECT settled_at FROM request WHERE request.lsn = reservation)) <= :at
+            AND NOT EXISTS (
+                SELECT 1 FROM closed WHERE closed.account = line.account
+                    AND closed.period = line.period AND closed.lsn > line.lsn)
         UNION ALL
-        SELECT scope || ':' || id, period, 0, 0, settled_at <= :at AND outcome <> 'void',
+        SELECT account, period, 0, 0, settled_at <= :at AND outcome <> 'void',
             iif(settled_at IS NULL OR settled_at > :at, held, 0)
         FROM (
-            SELECT 'key' AS scope, key_id AS id, period, t, settled_at, outcome, held FROM request
+            SELECT 'key:' || key_id AS account, period, t, settled_at, outcome, held FROM request
             UNION ALL
-            SELECT 'user', user_id, period, t, settled_at, outcome, held FROM request
+            SELECT 'user:' || user_id, period, t, settled_at, outcome, held FROM request
             UNION ALL
-            SELECT 'org', org_id, period, t, settled_at, outcome, held FROM request
-        ) WHERE t <= :at
+            SELECT 'org:' || org_id, period, t, settled_at, outcome, held FROM request
+        ) AS found
+        WHERE t <= :at AND NOT EXISTS (
+            SELECT 1 FROM closed
+            WHERE closed.account = found.account AND closed.period = found.period)
+        UNION ALL
+        SELECT account, period, spent, credited, count, 0 FROM closed WHERE {_ENDED_MS} <= :at
     ) GROUP BY account, period ORDER BY account, period"""
