@@ -11,9 +11,17 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from gwproxy import __version__
-from gwproxy.metrics import CONTENT_TYPE, ERROR_TYPES, MODEL_LABELS, TOKEN_KINDS, Metrics
+from gwproxy.metrics import (
+    CONTENT_TYPE,
+    ERROR_TYPES,
+    MODEL_LABELS,
+    PAGE_SERIES,
+    TOKEN_KINDS,
+    Metrics,
+)
 from tests.conftest import Front
 from tests.harness import ADMIN, chat
+from tests.scene import until
 
 # Every name that there is or will be, with its labels and its kind.
 CONTRACT = {
@@ -63,8 +71,12 @@ KINDS = {"total": "counter", "seconds": "histogram"}
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
+def rendered(metrics: Metrics) -> bytes:
+    return b"".join(metrics.pages())
+
+
 def families(text: bytes | Metrics) -> dict[str, Metric]:
-    raw = text.render() if isinstance(text, Metrics) else text
+    raw = rendered(text) if isinstance(text, Metrics) else text
     parsed = list(text_string_to_metric_families(raw.decode()))
     names = [name_of(family) for family in parsed]
     assert len(names) == len(set(names))
@@ -174,7 +186,7 @@ def test_a_provider_or_a_model_that_nobody_configured_is_other() -> None:
         metrics.ttfb(provider).observe(1)
         metrics.settled(provider, model, "counted", (1, 0, 0, 1, 0), 0.5)
         metrics.fallback(provider, "openai", "reset").value += 1
-    text = metrics.render().decode()
+    text = rendered(metrics).decode()
     for word in ("nobody", "made-up", "uote", "x\\ny"):
         assert word not in text
     assert value(metrics, "gwproxy_cost_usd_total", provider="other", model="other") == 1
@@ -211,7 +223,7 @@ def test_names_that_callers_make_up_take_no_memory_without_bound() -> None:
     assert all(len(table) <= 4096 for table in remembered)
     labels = {"route": "chat", "provider": "other", "model": "other", "error_type": ""}
     assert value(metrics, "gwproxy_requests_total", **labels, status_class="2xx") == 20_000
-    assert len(metrics.render()) < 20_000
+    assert len(rendered(metrics)) < 20_000
 
 
 # -- numbers ---------------------------------------------------------------------------------------
@@ -280,6 +292,48 @@ def test_no_counter_ever_falls(
         assert kinds.get(kind, 0) == sum(step[3][position] for step in steps)
 
 
+# -- a scrape among streams --
+
+
+def test_a_scrape_of_thousands_of_series_lets_others_in_between() -> None:
+    models = [f"model-{number}" for number in range(MODEL_LABELS)]
+    metrics = Metrics(frozenset({"openai", "gemini"}), frozenset(models))
+    for model in models:
+        for provider in ("openai", "gemini"):
+            for source in ("provider", "counted"):
+                metrics.settled(provider, model, source, (1, 2, 3, 4, 5), 0.25)
+            for status in (200, 400, 500):
+                metrics.request("chat", provider, model, status, "other").value += 1
+    pages = list(metrics.pages())
+    lines = [page.count(b"\n") for page in pages]
+    assert sum(lines) > 5_000
+    assert max(lines) <= PAGE_SERIES + 2  # and what the metric is
+    assert len(samples(families(b"".join(pages)).values())) > 5_000
+
+
+def test_a_series_that_comes_into_being_during_a_scrape_does_not_disturb_it() -> None:
+    metrics = used()
+    seen = b""
+    for number, page in enumerate(metrics.pages()):
+        seen += page
+        metrics.settlement(f"outcome-{number}").value += 1
+        metrics.overhead.observe(0.1)
+    families(seen)
+
+
+# The parser, unlike Prometheus, takes more than a line feed for the end of a line.
+LABELS = st.text(
+    st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"], include_characters="\n")
+)
+
+
+@given(LABELS)
+def test_whatever_stands_in_a_label_is_read_back_as_it_was(text: str) -> None:
+    metrics = new()
+    metrics.settlement(text).value += 1
+    assert value(metrics, "gwproxy_settlements_total", outcome=text) == 1
+
+
 # -- as Prometheus reads it ------------------------------------------------------------------------
 
 
@@ -288,7 +342,7 @@ def test_prometheus_own_tool_accepts_it() -> None:
     if promtool is None:
         pytest.skip("promtool comes with Prometheus, which this machine does not have")
     checked = subprocess.run(
-        [promtool, "check", "metrics"], input=used().render(), capture_output=True, check=False
+        [promtool, "check", "metrics"], input=rendered(used()), capture_output=True, check=False
     )
     assert checked.returncode == 0, checked.stderr.decode()
 
@@ -299,6 +353,9 @@ async def test_a_running_gateway_is_scraped_by_those_who_may(front: Front) -> No
         assert answer.status == 200
         await answer.read()
     assert (await front.client.get("/metrics")).status == 401
+    app = front.gateway.app
+    assert app is not None
+    await until(lambda: app._store.writer.applied > 0)  # the database's first commit
     scraped = await front.client.get("/metrics", headers=ADMIN)
     assert scraped.status == 200
     assert scraped.headers["Content-Type"] == CONTENT_TYPE

@@ -3,6 +3,7 @@
 Readiness tells states and no causes: anybody may ask for it. The causes are in the log.
 """
 
+import asyncio
 from collections.abc import Callable
 
 import orjson
@@ -38,4 +39,8 @@ class Health:
         )
 
     async def metrics(self, request: web.BaseRequest) -> web.StreamResponse:
-        return web.Response(body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+        pages = []
+        for page in self._metrics.pages():
+            pages.append(page)
+            await asyncio.sleep(0)  # streams go on in between
+        return web.Response(body=b"".join(pages), headers={"Content-Type": CONTENT_TYPE})
