@@ -209,7 +209,12 @@ class App:
             clock=time.time,
         )
         models = ModelsHandler(keyring, routes, prices, extra=config.prices.models, clock=time.time)
-        auth = AdminAuth(config.admin.key.reveal() if config.admin.key else None, time.monotonic)
+        auth = AdminAuth(
+            config.admin.key.reveal() if config.admin.key else None,
+            keyring,
+            time.monotonic,
+            time.time,
+        )
 
         def condition() -> Condition:
             closed = accounts.terms.failure_mode is FailureMode.CLOSED
@@ -247,7 +252,7 @@ class App:
             Route(
                 each.method,
                 each.path,
-                over_http(each, auth, small),
+                over_http(each, auth, small, store.directory.repeats),
                 "admin",
                 guard=admins_only,
                 identified=True,

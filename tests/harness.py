@@ -29,6 +29,7 @@ from gwproxy.core.routing import CATALOGUE
 from gwproxy.core.tokens import Tokenizer, choose_counter
 from gwproxy.intake import Intake
 from gwproxy.log import Log
+from gwproxy.state.keyring import Keyring
 from gwproxy.state.store import Store
 from gwproxy.web import Route, Router, error_response
 
@@ -143,8 +144,15 @@ def admin_plane(
 ) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
     """The admin plane alone, behind as much of a front as it needs: the router and errors."""
     intake = Intake(max_body_bytes=BODY_LIMIT_BYTES, body_timeout_s=5)
+    repeats = store.directory.repeats
     router = Router(
-        Route(each.method, each.path, over_http(each, auth, intake), "admin", identified=True)
+        Route(
+            each.method,
+            each.path,
+            over_http(each, auth, intake, repeats),
+            "admin",
+            identified=True,
+        )
         for each in routes(store)
     )
 
@@ -157,6 +165,15 @@ def admin_plane(
             return error_response(error, "req_test", Api.CHAT, unread=unread, degraded=False)
 
     return handle
+
+
+def admin_auth(
+    key: str | None,
+    now: Callable[[], float] = lambda: 0.0,
+    keyring: Keyring | None = None,
+    wall: Callable[[], float] = lambda: 0.0,
+) -> AdminAuth:
+    return AdminAuth(key, keyring or Keyring(), now, wall)
 
 
 async def make_key(client: Any, user_id: str = "alice", **fields: Any) -> str:

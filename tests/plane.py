@@ -8,18 +8,18 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import orjson
 from aiohttp.test_utils import RawTestServer, TestClient
 from multidict import CIMultiDict
 
-from gwproxy.admin.auth import AdminAuth
 from gwproxy.core.identity import Principal
 from gwproxy.log import Log
 from gwproxy.state.directory import Directory
 from gwproxy.state.keyring import Keyring
 from gwproxy.state.store import Kept, Store, opened
-from tests.harness import admin_plane
+from tests.harness import admin_auth, admin_plane
 from tests.office import Disk
 
 ADMIN_KEY = "an-admin-key-of-more-than-32-characters"
@@ -62,7 +62,7 @@ async def open_plane(tmp_path: Path) -> AsyncIterator[Plane]:
         wall=lambda: START + seconds[0],
         files=disk,
     ) as store:
-        auth = AdminAuth(ADMIN_KEY, lambda: seconds[0])
+        auth = admin_auth(ADMIN_KEY, lambda: seconds[0], store.keyring, lambda: START + seconds[0])
         async with (
             RawTestServer(admin_plane(store, auth), handler_cancellation=True) as server,
             TestClient(server) as client,
@@ -75,13 +75,14 @@ def at(folder: Path) -> Kept:
     return Kept(folder / "gwproxy.db", folder / "journal", segment_bytes=1 << 20)
 
 
-async def reopened(plane: Plane) -> Keyring:
-    """What a start after a crash at this moment would know."""
+async def reopened(plane: Plane, *, repeats: bool = False) -> Any:
+    """What a start after a crash at this moment would know of the directory, or of requests that
+    were made before."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "state"
         shutil.copytree(plane.path.parent, copy)
         async with opened(at(copy), Log(io.StringIO(), "error"), files=Disk()) as store:
-            return store.keyring
+            return store.directory.repeats if repeats else store.keyring
 
 
 async def make_key(plane: Plane, body: object = None, user_id: str = "ann"):

@@ -16,6 +16,7 @@ from gwproxy.core.errors import (
     StorageUnavailable,
 )
 from gwproxy.core.identity import KeyKind, Status, mint, well_formed
+from tests.harness import admin_auth
 from tests.plane import ADMIN, ADMIN_KEY, START, make_key, reopened
 from tests.scene import until
 
@@ -317,7 +318,10 @@ async def test_a_key_is_shown_once_and_works_at_once(plane):
         "max_parallel": 3,
         "created_at": "2027-01-15T08:00:00Z",
         "expires_at": "2027-01-15T08:30:00Z",
+        "previous_valid_until": None,
         "last_used_at": None,
+        "last_used_from": None,
+        "use_count": 0,
         "revoked_at": None,
     }
     principal = plane.authenticate(key)
@@ -327,7 +331,7 @@ async def test_a_key_is_shown_once_and_works_at_once(plane):
 
     _, page, _ = await plane.call("GET", "/admin/users/ann/api-keys")
     assert page == {
-        "data": [{**created, "last_used_at": "2027-01-15T08:00:00Z"}],
+        "data": [{**created, "last_used_at": "2027-01-15T08:00:00Z", "use_count": 1}],
         "next_cursor": None,
     }
 
@@ -581,7 +585,7 @@ def attempt(auth: AdminAuth, peer: str | None, key: str | None = "x" * 40) -> in
 
 
 def test_addresses_are_counted_apart_and_an_ipv6_network_as_one():
-    auth = AdminAuth(ADMIN_KEY, lambda: 0.0)
+    auth = admin_auth(ADMIN_KEY, lambda: 0.0)
     for number in range(10):
         assert attempt(auth, f"2001:db8:0:1::{number}") == 401
         assert attempt(auth, "::ffff:192.0.2.1") == 401
@@ -594,13 +598,13 @@ def test_addresses_are_counted_apart_and_an_ipv6_network_as_one():
 
 
 def test_a_request_without_a_key_is_no_guess():
-    auth = AdminAuth(ADMIN_KEY, lambda: 0.0)
+    auth = admin_auth(ADMIN_KEY, lambda: 0.0)
     assert {attempt(auth, "192.0.2.1", None) for _ in range(50)} == {401}
     assert attempt(auth, "192.0.2.1", ADMIN_KEY) == 200
 
 
 def test_the_table_of_guessers_is_bounded_and_forgets_the_oldest():
-    auth = AdminAuth(ADMIN_KEY, lambda: 0.0)
+    auth = admin_auth(ADMIN_KEY, lambda: 0.0)
     for _ in range(11):
         attempt(auth, "192.0.2.1")
     for number in range(auth_module._MOST_ADDRESSES - 1):
@@ -613,7 +617,7 @@ def test_the_table_of_guessers_is_bounded_and_forgets_the_oldest():
 
 def test_an_address_that_fails_anew_is_not_the_oldest_any_more():
     now = [0.0]
-    auth = AdminAuth(ADMIN_KEY, lambda: now[0])
+    auth = admin_auth(ADMIN_KEY, lambda: now[0])
     attempt(auth, "192.0.2.1")
     attempt(auth, "192.0.2.2")
     now[0] = 61.0
@@ -623,7 +627,7 @@ def test_an_address_that_fails_anew_is_not_the_oldest_any_more():
 
 def test_whoever_goes_on_guessing_is_stopped_again():
     now = [0.0]
-    auth = AdminAuth(ADMIN_KEY, lambda: now[0])
+    auth = admin_auth(ADMIN_KEY, lambda: now[0])
     for minute in range(5):
         now[0] = minute * 60.0
         assert [attempt(auth, "192.0.2.1") for _ in range(12)] == [401] * 10 + [429] * 2
@@ -631,27 +635,27 @@ def test_whoever_goes_on_guessing_is_stopped_again():
 
 def test_failures_spread_over_time_stop_nobody():
     now = [0.0]
-    auth = AdminAuth(ADMIN_KEY, lambda: now[0])
+    auth = admin_auth(ADMIN_KEY, lambda: now[0])
     for _ in range(100):
         assert attempt(auth, "192.0.2.1") == 401
         now[0] += 7
 
 
 def test_without_a_configured_key_nothing_opens():
-    auth = AdminAuth(None, lambda: 0.0)
+    auth = admin_auth(None, lambda: 0.0)
     for key in ("", "None", "x" * 40, None):
         assert attempt(auth, None, key) == 401
 
 
 def test_a_users_key_opens_nothing_even_if_it_was_configured():
     key = mint(KeyKind.LIVE, random.Random(1).randrange)
-    assert attempt(AdminAuth(key, lambda: 0.0), None, key) == 401
+    assert attempt(admin_auth(key, lambda: 0.0), None, key) == 401
 
 
 def test_a_short_admin_key_is_refused():
     with pytest.raises(ValueError, match="32"):
-        AdminAuth("x" * 31, lambda: 0.0)
-    AdminAuth("x" * 32, lambda: 0.0)
+        admin_auth("x" * 31, lambda: 0.0)
+    admin_auth("x" * 32, lambda: 0.0)
 
 
 # -- storage that fails --------------------------------------------------------------------------
@@ -731,6 +735,6 @@ async def test_the_last_use_survives_a_restart_once_it_is_flushed(plane):
     await until(lambda: plane.store.writer.applied == plane.store.ledger.state.lsn)
     await plane.store.store_key_use()
     await plane.store.store_key_use()
-    assert (await reopened(plane)).last_used_at(created["key_id"]) == START + 77
+    assert (await reopened(plane)).use(created["key_id"]).at == START + 77
     await plane.directory.revoke_key("ann", created["key_id"])
-    assert (await reopened(plane)).last_used_at(created["key_id"]) == START + 77
+    assert (await reopened(plane)).use(created["key_id"]).at == START + 77

@@ -293,7 +293,12 @@ async def test_sums_that_come_with_an_upgrade_are_those_of_the_requests_before(t
     with closing(sqlite3.connect(place.path)) as connection:
         connection.executescript(
             "DROP VIEW settled; DROP TABLE usage; DROP TABLE attempted;"
-            "DROP INDEX request_by_key; DROP INDEX request_by_outcome; PRAGMA user_version = 2"
+            "DROP INDEX request_by_key; DROP INDEX request_by_outcome; DROP TABLE admin_key;"
+            + "".join(
+                f"ALTER TABLE api_key DROP COLUMN {name};"
+                for name in ("previous", "last_used_from", "use_count")
+            )
+            + "PRAGMA user_version = 2"
         )
     async with await Database.open(place.path) as database:
         assert await tables(database) == before

@@ -15,14 +15,13 @@ import orjson
 import pytest
 from aiohttp import web
 
-from gwproxy.admin.auth import AdminAuth
 from gwproxy.cli.directory import add_commands
 from gwproxy.core.identity import KeyKind, digest, mint, well_formed
 from gwproxy.log import Log
 from gwproxy.state.keyring import Keyring
 from gwproxy.state.store import Kept, opened
 from gwproxy.storage.database import Database
-from tests.harness import admin_plane
+from tests.harness import admin_auth, admin_plane
 from tests.office import Disk
 
 ADMIN_KEY = "an-admin-key-of-more-than-32-characters"
@@ -103,7 +102,7 @@ def shell(tmp_path: Path, monkeypatch, capsys) -> Shell:
 async def server(request, shell: Shell) -> AsyncIterator[list[tuple[str, str]]]:
     """A running server: it holds the database's lock. Gives the requests it has seen."""
     async with opened(shell.kept, Log(io.StringIO(), "error"), files=Disk()) as store:
-        plane = admin_plane(store, AdminAuth(ADMIN_KEY, time.monotonic))
+        plane = admin_plane(store, admin_auth(ADMIN_KEY, time.monotonic, store.keyring))
         seen: list[tuple[str, str]] = []
 
         async def front(request: web.BaseRequest) -> web.StreamResponse:

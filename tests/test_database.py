@@ -38,6 +38,7 @@ from gwproxy.storage.database import (
     RolledBack,
     packaged,
 )
+from gwproxy.storage.directory import Use
 
 ORG = Organization(
     org_id="acme",
@@ -334,10 +335,10 @@ async def test_when_a_key_was_last_used_is_not_undone_by_a_change_of_it(path):
     async with await Database.open(path) as database:
         for row in (ORG, ANN, KEY):
             await put(database, row)
-        await directory.update_last_used(database, [("key_1", 77)])
+        await directory.update_uses(database, [Use("key_1", 77, "::1", 3)])
         await put(database, replace(KEY, name="desktop", version=2))
         assert (await directory.load(database))[-1] == replace(
-            KEY, name="desktop", version=2, last_used_at=77
+            KEY, name="desktop", version=2, last_used_at=77, last_used_from="::1", use_count=3
         )
 
 
@@ -369,7 +370,7 @@ def test_a_row_is_shown_without_the_digest_of_its_key():
         "created_at": 3,
         "expires_at": 4,
         "revoked_at": 5,
-        "last_used_at": 6,
+        "previous": [],
         "version": 1,
     }
 
@@ -385,15 +386,15 @@ async def test_the_last_use_of_keys_is_stored(path):
     async with await Database.open(path) as database:
         for row in (ORG, ANN, KEY):
             await put(database, row)
-        assert await directory.update_last_used(database, [("key_1", 77)])
-        assert (await directory.load(database))[-1] == replace(KEY, last_used_at=77)
+        assert await directory.update_uses(database, [Use("key_1", 77, None, 2)])
+        assert (await directory.load(database))[-1] == replace(KEY, last_used_at=77, use_count=2)
 
 
 async def test_a_last_use_that_cannot_be_stored_just_now_is_told_and_no_fault(path):
     async with await Database.open(path) as database:
-        assert not await directory.update_last_used(database, [("key_1", 77)])  # not there yet
+        assert not await directory.update_uses(database, [Use("key_1", 77, None, 2)])
         path.rename(path.with_name("away"))
-        assert not await directory.update_last_used(database, [("key_1", 77)])
+        assert not await directory.update_uses(database, [Use("key_1", 77, None, 2)])
 
 
 # -- transactions --------------------------------------------------------------------------------

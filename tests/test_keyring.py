@@ -20,6 +20,7 @@ from gwproxy.core.identity import (
     parse,
 )
 from gwproxy.state.keyring import Keyring
+from gwproxy.storage.directory import Use
 
 NOW = 1_800_000_000.0
 
@@ -249,13 +250,17 @@ def test_lists_go_on_after_the_last_id_seen():
 
 def test_the_last_use_is_kept_for_storing_once():
     keyring = make()
-    assert keyring.last_used_at(ROW.key_id) is None
+    assert keyring.use(ROW.key_id) == Use(ROW.key_id, 0, None, 0)
     assert keyring.used_since_stored() == []
-    keyring.authenticate(bearer(KEY), NOW + 0.7)
-    assert keyring.last_used_at(ROW.key_id) == int(NOW)
-    assert keyring.used_since_stored() == [(ROW.key_id, int(NOW))]
-    keyring.stored([(ROW.key_id, int(NOW))])
+    keyring.authenticate(bearer(KEY), NOW, "192.0.2.1")
+    keyring.authenticate(bearer(KEY), NOW + 0.7, "192.0.2.2")
+    used = Use(ROW.key_id, int(NOW), "192.0.2.2", 2)
+    assert keyring.use(ROW.key_id) == used
+    assert keyring.used_since_stored() == [used]
     assert keyring.used_since_stored() == []
+    keyring.not_stored([used])
+    keyring.not_stored([used])
+    assert keyring.used_since_stored() == [used]
 
 
 def test_a_refused_request_is_no_use():

@@ -9,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gwproxy.core.identity import (
+    AdminKey,
     ApiKey,
     FailureMode,
     OnClientGone,
     OnExhausted,
     Organization,
+    Scope,
     Status,
     UnboundedPolicy,
     User,
@@ -168,6 +170,13 @@ EXAMPLES: list[AnyRecord] = [
             expires_at=5,
         ),
     ),
+    Admin(
+        **STAMP,
+        action="create",
+        admin_key=AdminKey(
+            key_id="admin_1", prefix="gw_admin_1", digest=b"1", scope=Scope.READ, created_at=1
+        ),
+    ),
     Breaker(**STAMP, provider="a", before="closed", after="open", until=3, why="timeout"),
     Alert(**STAMP, account="user:alice", period="2026-11", percent=80, spent=81, limit=100),
     Storage(**STAMP, part="database", state="lost", cause="disk full"),
@@ -201,7 +210,7 @@ def test_a_reserve_record_knows_whose_it_is() -> None:
 
 def test_an_admin_record_has_its_row() -> None:
     rows = [record.row for record in EXAMPLES if isinstance(record, Admin)]
-    assert [type(row) for row in rows] == [Organization, User, ApiKey]
+    assert [type(row) for row in rows] == [Organization, User, ApiKey, AdminKey]
     with pytest.raises(AssertionError):
         _ = Admin(**STAMP, action="nothing").row
 

@@ -4,6 +4,7 @@ A user's key never opens it, and an admin key never calls a model.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from hmac import compare_digest
 from ipaddress import IPv6Address, ip_address
 from typing import Final
@@ -11,9 +12,9 @@ from typing import Final
 from multidict import MultiMapping
 
 from gwproxy.core.errors import GatewayError
-from gwproxy.core.identity import digest
+from gwproxy.core.identity import Scope, digest
 from gwproxy.state.directory import Author
-from gwproxy.state.keyring import MISSING, presented_key, unauthorized
+from gwproxy.state.keyring import MISSING, Keyring, presented_key, unauthorized
 
 SHORTEST_KEY_CHARS: Final = 32
 LONGEST_KEY_CHARS: Final = 4096
@@ -30,17 +31,34 @@ BOOTSTRAP: Final = "bootstrap"
 _WRONG: Final = "This admin key is not valid."
 
 
+@dataclass(frozen=True, slots=True)
+class Administrator:
+    author: Author
+    scope: Scope
+
+
 class AdminAuth:
-    def __init__(self, bootstrap: str | None, monotonic: Callable[[], float]) -> None:
-        """`bootstrap` is the configured admin key; None leaves the admin plane closed."""
+    def __init__(
+        self,
+        bootstrap: str | None,
+        keyring: Keyring,
+        monotonic: Callable[[], float],
+        clock: Callable[[], float],
+    ) -> None:
+        """`bootstrap` is the configured admin key, if there is one; the others are in the keyring.
+        `clock` gives seconds since 1970."""
         shortest, longest = SHORTEST_KEY_CHARS, LONGEST_KEY_CHARS
         if bootstrap is not None and not shortest <= len(bootstrap) <= longest:
             raise ValueError(f"an admin key has {shortest} to {longest} characters")
         self._digest = None if bootstrap is None else digest(bootstrap)
+        self._keyring = keyring
         self._monotonic = monotonic
+        self._clock = clock
         self._failures: dict[str, tuple[float, int]] = {}  # address -> start of window, how many
 
-    def check(self, headers: MultiMapping[str], peer: str | None, request_id: str = "") -> Author:
+    def check(
+        self, headers: MultiMapping[str], peer: str | None, request_id: str = ""
+    ) -> Administrator:
         """Who the admin is; InvalidApiKey (401) for others, 429 for an address that goes on.
 
         A request without any key is no guess and is not counted.
@@ -50,18 +68,37 @@ class AdminAuth:
         key = presented_key(headers)
         if key is None:
             raise unauthorized(MISSING)
-        if not self._is_admin(key):
+        found = self._found(key)
+        if found is None:
             self._count_failure(address)
             raise unauthorized(_WRONG)
-        return Author(BOOTSTRAP, peer or "", request_id)
+        actor, scope = found
+        return Administrator(Author(actor, peer or "", request_id), scope)
 
-    def _is_admin(self, key: str) -> bool:
-        if self._digest is None or len(key) > LONGEST_KEY_CHARS:
-            return False
-        if key.startswith(("gw_live_", "gw_test_")):
-            return False
+    def permit(self, admin: Administrator, *, writes: bool) -> None:
+        if writes and admin.scope is not Scope.WRITE:
+            raise GatewayError(
+                "This admin key may read only.",
+                status=403,
+                type="permission_error",
+                code="insufficient_scope",
+                error_type="caller_auth",
+            )
+
+    def _found(self, key: str) -> tuple[str, Scope] | None:
+        """The name and the scope of whoever has this key."""
+        if len(key) > LONGEST_KEY_CHARS or key.startswith(("gw_live_", "gw_test_")):
+            return None
         # Digests, so that neither the time nor the length says how near a guess came.
-        return compare_digest(digest(key), self._digest)
+        digested = digest(key)
+        if self._digest is not None and compare_digest(digested, self._digest):
+            return BOOTSTRAP, Scope.WRITE
+        row = self._keyring.admin_key_of(digested)
+        if row is None or row.revoked_at is not None:
+            return None
+        if row.expires_at is not None and self._clock() >= row.expires_at:
+            return None
+        return row.key_id, row.scope
 
     def _refuse_guessers(self, address: str) -> None:
         found = self._failures.get(address)

@@ -52,6 +52,20 @@ Usd = Annotated[
 ]
 """An amount as it was written, for `usd` to read: through a float it would lose digits."""
 
+SomeUsd = Annotated[
+    msgspec.Raw,
+    msgspec.Meta(
+        description="USD above 0: a decimal string or a number, read digit by digit; at most 9 "
+        "decimals.",
+        extra_json_schema={
+            "anyOf": [
+                {"type": "string", "pattern": r"^[0-9]{0,8}[1-9](\.[0-9]{1,9})?$"},
+                {"type": "integer", "minimum": 1, "maximum": MAX_USD},
+            ]
+        },
+    ),
+]
+
 UsdRate = Annotated[
     msgspec.Raw,
     msgspec.Meta(
@@ -103,6 +117,8 @@ _WORDS: Final = {
     "on_exhausted": 'must be "cut" or "finish"',
     "on_client_gone": 'must be "close" or "drain"',
     "cache": "must be true or false",
+    "scope": 'must be "read" or "write"',
+    "grace_s": "must be a whole number of seconds, from 0 to 7776000",
     "group_by": "must be one of provider, model, user, org, day",
     "outcome": "must be one of completed, failed, client_left, truncated, cut, void, unknown, "
     "recovered",
@@ -167,6 +183,14 @@ _LAST_SECOND: Final = 253_402_300_799
 """9999-12-31T23:59:59Z. A time zone can push a moment beyond what may be written as a date."""
 
 # -- fields that a type alone does not check -----------------------------------------------------
+
+
+def idempotency_key(value: str) -> str:
+    if not (len(value) <= _TEXT_LIMIT_CHARS and value.isascii() and value.isprintable()):
+        raise wrong(
+            "Idempotency-Key", f"must be 1 to {_TEXT_LIMIT_CHARS} printable characters of ASCII"
+        )
+    return value
 
 
 def usd(field: str, raw: msgspec.Raw) -> Nanos | None:

@@ -2,7 +2,7 @@
 creates it."""
 
 from itertools import dropwhile, islice
-from typing import Any
+from typing import Annotated, Any, Final
 
 import msgspec
 
@@ -11,6 +11,9 @@ from gwproxy.admin.ask import Answer, Ask
 from gwproxy.admin.body import UNSET, Count, Id, Moment, ShownTime, ShownUsd, Text, Unset, Usd
 from gwproxy.core import identity
 from gwproxy.state.directory import Directory
+
+_LONGEST_GRACE_S: Final = 90 * 86_400
+"""A quarter: what has not changed over by then never will."""
 
 
 class KeyChange(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -41,14 +44,25 @@ class Key(msgspec.Struct, kw_only=True):
     max_parallel: int | None
     created_at: ShownTime
     expires_at: ShownTime | None
+    previous_valid_until: ShownTime | None
+    """Until when the last of the secrets that it had before is accepted."""
     last_used_at: ShownTime | None
+    last_used_from: str | None
+    use_count: int
     revoked_at: ShownTime | None
 
 
 class CreatedKey(Key):
-    """With the key itself: it is nowhere else, and is not shown again."""
+    """With the key itself: it is nowhere else, and is not shown again. Null where the same request
+    had been answered before."""
 
-    api_key: str
+    api_key: str | None
+
+
+class Rotation(msgspec.Struct, forbid_unknown_fields=True):
+    """For how many seconds the secret before is good still."""
+
+    grace_s: Annotated[int, msgspec.Meta(ge=0, le=_LONGEST_GRACE_S)] = 86_400
 
 
 class KeyPage(msgspec.Struct):
@@ -84,11 +98,19 @@ class Keys:
         row = await self._directory.change_key(user_id, key_id, changes, match=ask.match, by=ask.by)
         return Answer(Key(**self._shown(row)), row.version)
 
+    async def rotate(self, ask: Ask, user_id: str, key_id: str, body: Rotation) -> Answer:
+        row, text = await self._directory.rotate_key(
+            user_id, key_id, body.grace_s, match=ask.match, by=ask.by
+        )
+        return Answer(CreatedKey(api_key=text, **self._shown(row)), row.version)
+
     async def revoke(self, ask: Ask, user_id: str, key_id: str) -> Answer:
         await self._directory.revoke_key(user_id, key_id, match=ask.match, by=ask.by)
         return Answer()
 
     def _shown(self, row: identity.ApiKey) -> dict[str, Any]:
+        use = self._directory.keyring.use(row.key_id)
+        previous = max((old.until for old in row.previous), default=None)
         return {
             "key_id": row.key_id,
             "user_id": row.user_id,
@@ -101,7 +123,10 @@ class Keys:
             "max_parallel": row.max_parallel,
             "created_at": checked.time_of(row.created_at),
             "expires_at": checked.time_out(row.expires_at),
-            "last_used_at": checked.time_out(self._directory.keyring.last_used_at(row.key_id)),
+            "previous_valid_until": checked.time_out(previous),
+            "last_used_at": checked.time_out(use.at or None),
+            "last_used_from": use.address,
+            "use_count": use.count,
             "revoked_at": checked.time_out(row.revoked_at),
         }
 

@@ -2,15 +2,18 @@
 without it, for a command on the machine itself."""
 
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 
 import msgspec
 from aiohttp import web
 
 from gwproxy.admin import body as checked
+from gwproxy.admin.admin_keys import AdminKeys
 from gwproxy.admin.ask import Answer, Ask, Route, etag, given, versions
+from gwproxy.admin.audit import Audit
 from gwproxy.admin.auth import AdminAuth
 from gwproxy.admin.body import Page, Shown
-from gwproxy.admin.keys import CreatedKey, Key, KeyChange, KeyPage, Keys, NewKey
+from gwproxy.admin.keys import CreatedKey, Key, KeyChange, KeyPage, Keys, NewKey, Rotation
 from gwproxy.admin.organizations import (
     NewOrganization,
     Organization,
@@ -20,6 +23,7 @@ from gwproxy.admin.organizations import (
     Organizations,
 )
 from gwproxy.admin.providers import Providers
+from gwproxy.admin.quota import Quota
 from gwproxy.admin.usage import Usage
 from gwproxy.admin.users import (
     MemberQuery,
@@ -32,6 +36,7 @@ from gwproxy.admin.users import (
 )
 from gwproxy.core.errors import NotFound
 from gwproxy.intake import Intake
+from gwproxy.state.repeats import Repeats, once
 from gwproxy.state.store import Store
 
 BODY_LIMIT_BYTES = 256 * 1024
@@ -44,11 +49,15 @@ HttpHandler = Callable[..., Awaitable[web.StreamResponse]]
 def routes(store: Store, providers: Providers | None = None) -> tuple[Route, ...]:
     """All that can be asked of the admin plane of `store`; None: of a plane that has no providers
     behind it."""
+    usage = Usage(store)
     return (
         *_of_users(Users(store.directory)),
         *_of_keys(Keys(store.directory)),
         *_of_organizations(Organizations(store.directory), Users(store.directory)),
-        *Usage(store).routes(),
+        *AdminKeys(store.directory).routes(),
+        *usage.routes(),
+        *Quota(store, usage).routes(),
+        *Audit(store).routes(),
         *(() if providers is None else providers.routes()),
     )
 
@@ -142,6 +151,17 @@ def _of_keys(keys: Keys) -> tuple[Route, ...]:
             conditional=True,
         ),
         Route(
+            method="POST",
+            path=f"{one}/rotate",
+            do=keys.rotate,
+            summary="Give a key a new secret; the one before stays good for a while.",
+            body=Rotation,
+            answers=CreatedKey,
+            status=201,
+            conditional=True,
+            refusals=(409,),
+        ),
+        Route(
             method="DELETE",
             path=one,
             do=keys.revoke,
@@ -213,7 +233,7 @@ def _of_organizations(organizations: Organizations, users: Users) -> tuple[Route
 # -- over HTTP -----------------------------------------------------------------------------------
 
 
-def over_http(route: Route, auth: AdminAuth, intake: Intake) -> HttpHandler:
+def over_http(route: Route, auth: AdminAuth, intake: Intake, repeats: Repeats) -> HttpHandler:
     """The route behind the admin key, for the front."""
 
     async def handle(
@@ -221,15 +241,21 @@ def over_http(route: Route, auth: AdminAuth, intake: Intake) -> HttpHandler:
     ) -> web.StreamResponse:
         # Before the body is read and before the path is looked into: a stranger learns nothing.
         by = auth.check(request.headers, request.remote, request_id)
+        auth.permit(by, writes=route.writes)
         query = checked.query(request.query.items(), route.query or _Nothing)
         match = versions(request.headers.get("If-Match")) if route.conditional else None
-        body = None
-        if route.body is not None:
-            shape = route.body
-            body = await intake.read(request, lambda raw: checked.decode(raw, shape), optional=True)
-        answer = await route.do(Ask(by, match), **given(route, parameters, query, body))
         # Keys and limits belong into no cache on the way.
         headers = {"Cache-Control": "no-store"}
+        body, author = None, by.author
+        if route.body is not None:
+            raw = await intake.read(request, bytes, optional=True)
+            body = checked.decode(raw, route.body)
+            if route.method == "POST" and (key := request.headers.get("Idempotency-Key")):
+                mark = once(author.actor, request.path, checked.idempotency_key(key), raw)
+                author = replace(author, once=mark)
+                if repeats.find(mark) is not None:
+                    headers["Idempotency-Replayed"] = "true"
+        answer = await route.do(Ask(author, match), **given(route, parameters, query, body))
         if answer.version is not None:
             headers["ETag"] = etag(answer.version)
         if answer.value is None:

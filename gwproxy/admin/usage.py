@@ -13,7 +13,6 @@ from gwproxy.admin import body as checked
 from gwproxy.admin.ask import Answer, Ask, Route
 from gwproxy.admin.body import UNSET, Id, PerPage, ShownTime, ShownUsd, Unset
 from gwproxy.admin.query import Query, cursor_of, day_out
-from gwproxy.core.errors import NotFound
 from gwproxy.core.ledger import Account, Request
 from gwproxy.core.money import Nanos, format_usd
 from gwproxy.core.period import rfc3339
@@ -219,25 +218,29 @@ class Usage:
     # -- how an account stands -------------------------------------------------------------------
 
     async def of_user(self, ask: Ask, user_id: str, query: UserReportQuery) -> Answer:
-        user = self._store.keyring.user(user_id)
-        if user is None:
-            raise NotFound("There is no user with this id.")
-        stands = self._stands("user", user_id, user.monthly_limit)
+        found = self.user(user_id)
         if query != UserReportQuery():
             # A report needs the database, the rest does not.
-            stands["report"] = await self._report(query, query.org_id, user_id)
-        return Answer(UserUsage(user_id=user_id, org_id=user.org_id, **stands))
+            found.report = await self._report(query, query.org_id, user_id)
+        return Answer(found)
 
     async def of_organization(
         self, ask: Ask, org_id: str, query: OrganizationReportQuery
     ) -> Answer:
-        organization = self._store.keyring.organization(org_id)
-        if organization is None:
-            raise NotFound("There is no organization with this id.")
-        stands = self._stands("org", org_id, organization.monthly_budget)
+        found = self.organization(org_id)
         if query != OrganizationReportQuery():
-            stands["report"] = await self._report(query, org_id, query.user_id)
-        return Answer(OrganizationUsage(org_id=org_id, **stands))
+            found.report = await self._report(query, org_id, query.user_id)
+        return Answer(found)
+
+    def user(self, user_id: str) -> UserUsage:
+        """A deleted one's too: what was spent stays."""
+        row = self._store.directory.user(user_id, deleted=True)
+        stands = self._stands("user", user_id, row.monthly_limit)
+        return UserUsage(user_id=user_id, org_id=row.org_id, **stands)
+
+    def organization(self, org_id: str) -> OrganizationUsage:
+        row = self._store.directory.organization(org_id, deleted=True)
+        return OrganizationUsage(org_id=org_id, **self._stands("org", org_id, row.monthly_budget))
 
     def _stands(self, scope: str, of: str, limit: Nanos | None) -> dict[str, Any]:
         ledger = self._store.ledger

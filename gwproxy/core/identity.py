@@ -47,7 +47,7 @@ class KeyText:
 
     @property
     def key_id(self) -> str:
-        return f"key_{self.public}"
+        return f"{'admin' if self.kind is KeyKind.ADMIN else 'key'}_{self.public}"
 
     @property
     def prefix(self) -> str:
@@ -55,16 +55,24 @@ class KeyText:
         return f"gw_{self.kind}_{self.public}"
 
 
-def mint(kind: KeyKind, below: Below) -> str:
-    """A new key: `gw_live_`, 8 public characters, 32 secret ones, 6 of checksum."""
-    body = "".join(ALPHABET[below(62)] for _ in range(PUBLIC_CHARS + SECRET_CHARS))
-    unchecked = f"gw_{kind}_{body}"
+def mint(kind: KeyKind, below: Below, public: str | None = None) -> str:
+    """A new key: `gw_live_`, 8 public characters, 32 secret ones, 6 of checksum.
+
+    `public`: those of a key that gets a new secret; it stays the same key.
+    """
+    if public is None:
+        public = _letters(PUBLIC_CHARS, below)
+    unchecked = f"gw_{kind}_{public}{_letters(SECRET_CHARS, below)}"
     return unchecked + checksum(unchecked)
+
+
+def _letters(count: int, below: Below) -> str:
+    return "".join(ALPHABET[below(62)] for _ in range(count))
 
 
 def mint_id(noun: str, below: Below) -> str:
     """An id for somebody who came without one, such as `user_5kX0bTq9ZrAa`."""
-    return f"{noun}_" + "".join(ALPHABET[below(62)] for _ in range(12))
+    return f"{noun}_{_letters(12, below)}"
 
 
 def checksum(text: str) -> str:
@@ -119,6 +127,13 @@ def is_id(text: str) -> bool:
 class Status(StrEnum):
     ACTIVE = "active"
     SUSPENDED = "suspended"
+
+
+class Scope(StrEnum):
+    """What an admin key opens."""
+
+    READ = "read"
+    WRITE = "write"  # and reads as well
 
 
 class FailureMode(StrEnum):
@@ -190,12 +205,21 @@ class User:
     version: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class OldSecret:
+    """One that a key had before its rotation, and the second from which it is refused."""
+
+    digest: bytes
+    until: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiKey:
     key_id: str
     user_id: str
     prefix: str
     digest: bytes
+    previous: tuple[OldSecret, ...] = ()
     name: str | None = None
     allowed_models: tuple[str, ...] | None = None  # None: every model
     monthly_limit: Nanos | None = None
@@ -205,7 +229,24 @@ class ApiKey:
     created_at: int
     expires_at: int | None = None
     revoked_at: int | None = None
-    last_used_at: int | None = None
+    last_used_at: int | None = None  # this and the next two as last stored: memory knows better
+    last_used_from: str | None = None
+    use_count: int = 0
+    version: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdminKey:
+    """It opens the admin plane, and nothing else."""
+
+    key_id: str
+    prefix: str
+    digest: bytes
+    name: str | None = None
+    scope: Scope
+    created_at: int
+    expires_at: int | None = None
+    revoked_at: int | None = None
     version: int = 1
 
 

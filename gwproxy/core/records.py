@@ -8,7 +8,7 @@ from typing import Final
 
 import msgspec
 
-from gwproxy.core.identity import ApiKey, Organization, User
+from gwproxy.core.identity import AdminKey, ApiKey, Organization, User
 
 Tokens = tuple[int, int, int, int, int]
 """Fresh input, cache reads, cache writes, output, and the reasoning that is part of the output."""
@@ -148,6 +148,8 @@ class Adjust(Record, frozen=True, kw_only=True, omit_defaults=True, tag="adjust"
     actor: str
     reason: str
     r: int | None = None
+    address: str = ""
+    request_id: str = ""
     idempotency_key: str | None = None
     tokens: Tokens | None = None
 
@@ -170,14 +172,15 @@ class Admin(Record, frozen=True, kw_only=True, omit_defaults=True, tag="admin"):
     org: Organization | None = None
     user: User | None = None
     key: ApiKey | None = None
+    admin_key: AdminKey | None = None
     actor: str = ""
     address: str = ""
     request_id: str = ""
     idempotency_key: str | None = None
 
     @property
-    def row(self) -> Organization | User | ApiKey:
-        row = self.org or self.user or self.key
+    def row(self) -> Organization | User | ApiKey | AdminKey:
+        row = self.org or self.user or self.key or self.admin_key
         assert row is not None, "an admin record has a row"
         return row
 

@@ -4,9 +4,9 @@ record. Pure."""
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
-from gwproxy.core.identity import ApiKey, FailureMode, Organization, Status, User
+from gwproxy.core.identity import AdminKey, ApiKey, FailureMode, Organization, Status, User
 
-Row = TypeVar("Row", Organization, User, ApiKey)
+Row = TypeVar("Row", Organization, User, ApiKey, AdminKey)
 
 # None: without limit, or without end.
 _LOWER: Final = frozenset(

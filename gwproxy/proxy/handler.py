@@ -76,7 +76,9 @@ class ModelHandler:
         self._clock = clock
 
     async def handle(self, request: web.BaseRequest, trace: Trace) -> web.StreamResponse:
-        principal = trace.principal = self._keyring.authenticate(request.headers, self._clock())
+        principal = trace.principal = self._keyring.authenticate(
+            request.headers, self._clock(), request.remote
+        )
         features = self._keyring.organization_of(principal).allowed_features
         allowed = frozenset(features)
         headers = request.headers

@@ -19,13 +19,17 @@ from gwproxy.core.errors import (
 )
 from gwproxy.core.identity import (
     DEFAULT_ORG_ID,
+    PUBLIC_CHARS,
+    AdminKey,
     ApiKey,
     Below,
     FailureMode,
     KeyKind,
+    OldSecret,
     OnClientGone,
     OnExhausted,
     Organization,
+    Scope,
     Status,
     UnboundedPolicy,
     User,
@@ -37,10 +41,11 @@ from gwproxy.core.identity import (
 from gwproxy.core.money import Nanos
 from gwproxy.core.records import Admin
 from gwproxy.core.restriction import restricted
-from gwproxy.state.keyring import Keyring
+from gwproxy.state.keyring import Change, Keyring
 from gwproxy.state.ledger import Ledger, NotRecorded, RecordUncertain
+from gwproxy.state.repeats import Repeats
 
-Row = TypeVar("Row", Organization, User, ApiKey)
+Row = TypeVar("Row", Organization, User, ApiKey, AdminKey)
 
 Versions = frozenset[int] | None
 """The versions of a row that a change was made for; None: whichever it is now."""
@@ -50,6 +55,7 @@ class Signature(TypedDict):
     actor: str
     address: str
     request_id: str
+    idempotency_key: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +65,17 @@ class Author:
     actor: str = ""
     address: str = ""
     request_id: str = ""
+    once: str | None = None
+    """What the same request has again when it is sent twice."""
 
     def fields(self) -> Signature:
         """As a record has them."""
-        return {"actor": self.actor, "address": self.address, "request_id": self.request_id}
+        return {
+            "actor": self.actor,
+            "address": self.address,
+            "request_id": self.request_id,
+            "idempotency_key": self.once,
+        }
 
 
 NOBODY: Final = Author()
@@ -74,11 +87,13 @@ class Directory:
         self,
         ledger: Ledger,
         keyring: Keyring,
+        repeats: Repeats,
         below: Below,
         durable: Callable[[int], Awaitable[None]],
     ) -> None:
         """`keyring` is what the ledger's state applies admin records to."""
         self.keyring = keyring
+        self.repeats = repeats
         self._ledger = ledger
         self._below = below
         self._durable = durable
@@ -121,7 +136,7 @@ class Directory:
                 created_at=self._now_s(),
             )
 
-        return await self._record("create", decide, by)
+        return await self._record("create", decide, by, again=self.keyring.organization)
 
     async def change_organization(
         self,
@@ -195,7 +210,7 @@ class Directory:
                 created_at=self._now_s(),
             )
 
-        return await self._record("create", decide, by)
+        return await self._record("create", decide, by, again=self.keyring.user)
 
     async def change_user(
         self,
@@ -261,8 +276,9 @@ class Directory:
         tpm: int | None = None,
         max_parallel: int | None = None,
         by: Author = NOBODY,
-    ) -> tuple[ApiKey, str]:
-        """The stored key and its text. The text is nowhere else: lost, it must be made anew."""
+    ) -> tuple[ApiKey, str | None]:
+        """The stored key and its text. The text is nowhere else: lost, it must be made anew; who
+        asks for the same key again is told None."""
         text = mint(KeyKind.LIVE, self._below)
 
         def decide() -> ApiKey:
@@ -285,7 +301,41 @@ class Directory:
                 expires_at=expires_at,
             )
 
-        return await self._record("create", decide, by), text
+        row = await self._record("create", decide, by, again=self.keyring.key)
+        return row, text if row.digest == digest(text) else None
+
+    async def rotate_key(
+        self,
+        user_id: str,
+        key_id: str,
+        grace_s: int,
+        *,
+        match: Versions = None,
+        by: Author = NOBODY,
+    ) -> tuple[ApiKey, str | None]:
+        """Give a key a new secret, whose text is returned once. The one before is good for
+        `grace_s` seconds more; what was spent belongs to the key, not to its secret."""
+        text = ""
+
+        def decide() -> ApiKey:
+            nonlocal text
+            row = self.key(user_id, key_id)
+            _same_version(row, match)
+            now_s = self._now_s()
+            kept = [old for old in row.previous if old.until > now_s]
+            if grace_s:
+                kept.append(OldSecret(row.digest, now_s + grace_s))
+            if len(kept) > _MOST_SECRETS:
+                raise Conflict(
+                    f"{_MOST_SECRETS} secrets of this key are good still: wait until one ends, or "
+                    "rotate with `grace_s` 0."
+                )
+            kind, public = KeyKind(row.prefix.split("_")[1]), row.prefix[-PUBLIC_CHARS:]
+            text = mint(kind, self._below, public)
+            return _changed(row, {"digest": digest(text), "previous": tuple(kept)})
+
+        row = await self._record("rotate", decide, by, again=self.keyring.key)
+        return row, text or None
 
     async def change_key(
         self,
@@ -327,12 +377,73 @@ class Directory:
             raise NotFound("This user has no key with this id.")
         return row
 
+    # -- administrators' keys --------------------------------------------------------------------
+
+    async def create_admin_key(
+        self,
+        *,
+        name: str | None = None,
+        scope: Scope,
+        expires_at: int | None = None,
+        by: Author = NOBODY,
+    ) -> tuple[AdminKey, str | None]:
+        """As `create_key`."""
+        text = mint(KeyKind.ADMIN, self._below)
+
+        def decide() -> AdminKey:
+            created_at = self._now_s()
+            _check_expiry(expires_at, created_at)
+            parts = parse(text)
+            return AdminKey(
+                key_id=parts.key_id,
+                prefix=parts.prefix,
+                digest=digest(text),
+                name=name,
+                scope=scope,
+                created_at=created_at,
+                expires_at=expires_at,
+            )
+
+        row = await self._record("create", decide, by, again=self.keyring.admin_key)
+        return row, text if row.digest == digest(text) else None
+
+    async def revoke_admin_key(
+        self, key_id: str, *, match: Versions = None, by: Author = NOBODY
+    ) -> None:
+        def decide() -> AdminKey:
+            row = self.admin_key(key_id)
+            _same_version(row, match)
+            return _changed(row, {"revoked_at": self._now_s()})
+
+        await self._record("revoke", decide, by)
+
+    def admin_key(self, key_id: str, *, deleted: bool = False) -> AdminKey:
+        """NotFound where there is none; `deleted`: revoked ones are there too."""
+        row = self.keyring.admin_key(key_id)
+        if row is None or (row.revoked_at is not None and not deleted):
+            raise NotFound("There is no admin key with this id.")
+        return row
+
     # -- the one way -----------------------------------------------------------------------------
 
-    async def _record(self, action: str, decide: Callable[[], Row], by: Author = NOBODY) -> Row:
+    async def _record(
+        self,
+        action: str,
+        decide: Callable[[], Row],
+        by: Author = NOBODY,
+        *,
+        again: Callable[[str], Row | None] | None = None,
+    ) -> Row:
         """Decide, record, apply. StorageUnavailable where it could not be recorded: then nothing
-        has changed but what it restricts."""
+        has changed but what it restricts. `again` finds the row of a request that was made before.
+        """
         ledger = self._ledger
+        made = self.repeats.find(by.once)
+        if made is not None and made.id is not None and again is not None:
+            found = again(made.id)
+            assert found is not None, "rows are never deleted"
+            await self._durable(ledger.state.lsn)
+            return found
         row = decide()
         before = self.keyring.same(row)
         if row is not before:
@@ -352,7 +463,7 @@ class Directory:
         await self._durable(ledger.state.lsn)
         return row
 
-    def _post(self, action: str, row: Organization | User | ApiKey, by: Author) -> None:
+    def _post(self, action: str, row: Change, by: Author) -> None:
         stamp = self._ledger.stamp()
         match row:
             case Organization():
@@ -361,13 +472,15 @@ class Directory:
                 record = Admin(**stamp, **by.fields(), action=action, user=row)
             case ApiKey():
                 record = Admin(**stamp, **by.fields(), action=action, key=row)
+            case AdminKey():
+                record = Admin(**stamp, **by.fields(), action=action, admin_key=row)
         self._ledger.post(record)
 
     def _now_s(self) -> int:
         return self._ledger.now_ms() // 1000
 
 
-def _same_version(row: Organization | User | ApiKey, match: Versions) -> None:
+def _same_version(row: Change, match: Versions) -> None:
     if match is not None and row.version not in match:
         raise PreconditionFailed("Somebody has changed it meanwhile: read it again.")
 
@@ -383,6 +496,9 @@ def _check_expiry(expires_at: int | None, now_s: int) -> None:
     if expires_at is not None and expires_at <= now_s:
         raise InvalidRequest("`expires_at` must lie in the future.", param="expires_at")
 
+
+_MOST_SECRETS: Final = 5
+"""Old ones of a key at a time: each is one more that could have leaked."""
 
 _NOT_RECORDED = "In force at once, but not recorded yet: a restart now would undo it."
 _UNSURE = "In force at once, but it is not known whether it was recorded: send it again."

@@ -6,13 +6,14 @@ was stored before (`state/directory.py`); this room trusts it.
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from multidict import MultiMapping, istr
 
 from gwproxy.core.errors import AccountSuspended, InvalidApiKey
 from gwproxy.core.identity import (
+    AdminKey,
     ApiKey,
     Organization,
     Principal,
@@ -21,11 +22,12 @@ from gwproxy.core.identity import (
     digest,
     well_formed,
 )
+from gwproxy.storage.directory import Use
 
-Change = Organization | User | ApiKey
+Change = Organization | User | ApiKey | AdminKey
 """A change of the directory is the whole row as it stands afterwards."""
 
-Row = TypeVar("Row", Organization, User, ApiKey)
+Row = TypeVar("Row", Organization, User, ApiKey, AdminKey)
 
 _CHALLENGE: Final = {"WWW-Authenticate": 'Bearer realm="gwproxy"'}  # RFC 9110 11.6.1 wants one
 
@@ -79,12 +81,24 @@ _ORG_SUSPENDED: Final = "Your organization's account is suspended. Ask whoever r
 
 
 @dataclass(slots=True)
+class _Use:
+    """How a key was used, with whichever secret."""
+
+    key_id: str
+    at: float
+    address: str | None
+    count: int
+    stored: bool = True
+
+
+@dataclass(slots=True)
 class _Door:
-    """What a key opens, made when the key changes so that a request only has to look."""
+    """What a secret opens, made when its key changes so that a request only has to look."""
 
     key: ApiKey
     principal: Principal
-    last_used_at: float
+    expires_at: int | None
+    use: _Use
 
 
 class Keyring:
@@ -93,6 +107,9 @@ class Keyring:
         self._users: dict[str, User] = {}
         self._doors: dict[bytes, _Door] = {}
         self._doors_by_id: dict[str, _Door] = {}
+        self._used: list[_Use] = []  # since it was last stored
+        self._admin_keys: dict[str, AdminKey] = {}
+        self._admin_keys_by_digest: dict[bytes, AdminKey] = {}
         self._key_ids: dict[str, list[str]] = {}  # by user, in the order of creation
         self._emails: dict[str, str] = {}
         # Kept sorted so that a page of a long list costs a binary search, not a sort.
@@ -102,8 +119,10 @@ class Keyring:
 
     # -- the hot path ----------------------------------------------------------------------------
 
-    def authenticate(self, headers: MultiMapping[str], now: float) -> Principal:
-        """Who sent these headers; InvalidApiKey (401) or AccountSuspended (403).
+    def authenticate(
+        self, headers: MultiMapping[str], now: float, address: str | None = None
+    ) -> Principal:
+        """Who sent these headers, from `address`; InvalidApiKey (401) or AccountSuspended (403).
 
         The look-up is by digest in a dict: no comparison whose time depends on a secret. An admin
         key never calls a model.
@@ -118,7 +137,7 @@ class Keyring:
         door = self._doors.get(digest(key))
         if door is None or door.key.revoked_at is not None:
             raise unauthorized(_INVALID)
-        expires_at = door.key.expires_at
+        expires_at = door.expires_at
         if expires_at is not None and now >= expires_at:
             raise unauthorized(_INVALID)
         principal = door.principal
@@ -130,7 +149,13 @@ class Keyring:
             raise AccountSuspended(_USER_SUSPENDED)
         if organization.status is not _ACTIVE:
             raise AccountSuspended(_ORG_SUSPENDED)
-        door.last_used_at = now
+        use = door.use
+        use.at = now
+        use.address = address
+        use.count += 1
+        if use.stored:
+            use.stored = False
+            self._used.append(use)
         return principal
 
     def limited(self, principal: Principal) -> tuple[ApiKey, User]:
@@ -154,6 +179,9 @@ class Keyring:
                 self._apply_user(change)
             case ApiKey():
                 self._apply_key(change)
+            case AdminKey():
+                self._admin_keys[change.key_id] = change
+                self._admin_keys_by_digest[change.digest] = change
 
     def _apply_user(self, user: User) -> None:
         before = self._users.get(user.user_id)
@@ -171,19 +199,23 @@ class Keyring:
             del left[bisect_left(left, user.user_id)]
             insort(self._members[user.org_id], user.user_id)
             for key_id in self._key_ids[user.user_id]:
-                door = self._doors_by_id[key_id]
-                door.principal = self._principal(door.key)
+                self._apply_key(self._doors_by_id[key_id].key)
 
     def _apply_key(self, key: ApiKey) -> None:
-        door = self._doors_by_id.get(key.key_id)
-        if door is None:
-            door = _Door(key, self._principal(key), float(key.last_used_at or 0))
-            self._doors_by_id[key.key_id] = door
-            self._doors[key.digest] = door
+        known = self._doors_by_id.get(key.key_id)
+        if known is None:
+            use = _Use(key.key_id, float(key.last_used_at or 0), key.last_used_from, key.use_count)
             self._key_ids[key.user_id].append(key.key_id)
         else:
-            door.key = key
-            door.principal = self._principal(key)
+            use = known.use
+            for digest in _digests(known.key):
+                del self._doors[digest]
+        principal = self._principal(key)
+        door = _Door(key, principal, key.expires_at, use)
+        self._doors[key.digest] = self._doors_by_id[key.key_id] = door
+        for old in key.previous:
+            until = old.until if key.expires_at is None else min(old.until, key.expires_at)
+            self._doors[old.digest] = _Door(key, principal, until, use)
 
     def _principal(self, key: ApiKey) -> Principal:
         return Principal(
@@ -206,6 +238,8 @@ class Keyring:
                 found = self._users.get(row.user_id)
             case ApiKey():
                 found = self.key(row.key_id)
+            case AdminKey():
+                found = self._admin_keys.get(row.key_id)
         return found
 
     def organization(self, org_id: str) -> Organization | None:
@@ -222,8 +256,19 @@ class Keyring:
         door = self._doors_by_id.get(key_id)
         return None if door is None else door.key
 
-    def last_used_at(self, key_id: str) -> int | None:
-        return int(self._doors_by_id[key_id].last_used_at) or None
+    def use(self, key_id: str) -> Use:
+        """How a key was used so far; `at` 0: not at all."""
+        return _shown(self._doors_by_id[key_id].use)
+
+    def admin_key(self, key_id: str) -> AdminKey | None:
+        return self._admin_keys.get(key_id)
+
+    def admin_key_of(self, digest: bytes) -> AdminKey | None:
+        return self._admin_keys_by_digest.get(digest)
+
+    def admin_keys(self) -> Iterable[AdminKey]:
+        """Revoked ones too, oldest first."""
+        return self._admin_keys.values()
 
     def organizations_after(self, org_id: str) -> Iterable[Organization]:
         """The organizations whose ids come after `org_id`, deleted ones too, in that order."""
@@ -242,16 +287,24 @@ class Keyring:
         for key_id in self._key_ids.get(user_id, ()):
             yield self._doors_by_id[key_id].key
 
-    def used_since_stored(self) -> list[tuple[str, int]]:
-        """(key_id, last used) of each key whose last use is later than the stored one."""
-        return [
-            (key_id, int(door.last_used_at))
-            for key_id, door in self._doors_by_id.items()
-            if int(door.last_used_at) > (door.key.last_used_at or 0)
-        ]
+    def used_since_stored(self) -> list[Use]:
+        """How each key was used that was since this was last stored; `not_stored` gives it back."""
+        used, self._used = self._used, []
+        for use in used:
+            use.stored = True
+        return [_shown(use) for use in used]
 
-    def stored(self, uses: Iterable[tuple[str, int]]) -> None:
-        """These last uses have been stored."""
-        for key_id, last_used_at in uses:
-            door = self._doors_by_id[key_id]
-            door.key = replace(door.key, last_used_at=last_used_at)
+    def not_stored(self, uses: Iterable[Use]) -> None:
+        for each in uses:
+            use = self._doors_by_id[each.key_id].use
+            if use.stored:
+                use.stored = False
+                self._used.append(use)
+
+
+def _digests(key: ApiKey) -> list[bytes]:
+    return [key.digest, *(old.digest for old in key.previous)]
+
+
+def _shown(use: _Use) -> Use:
+    return Use(use.key_id, int(use.at), use.address, use.count)

@@ -22,11 +22,13 @@ from gwproxy.core.ledger import BrokenLedger, Request, State, apply
 from gwproxy.core.period import rfc3339
 from gwproxy.core.records import Admin, Settle, Stop, decode
 from gwproxy.log import Log
+from gwproxy.state.adjustments import Adjustments
 from gwproxy.state.archive import Archive
 from gwproxy.state.directory import Directory
 from gwproxy.state.keyring import Keyring
 from gwproxy.state.ledger import Clock, Ledger, Recent
 from gwproxy.state.outage import Condition, Outage
+from gwproxy.state.repeats import Repeats
 from gwproxy.state.upkeep import Upkeep
 from gwproxy.storage import directory as storage
 from gwproxy.storage import reports
@@ -118,6 +120,7 @@ class Store:
         ledger: Ledger,
         keyring: Keyring,
         directory: Directory,
+        adjustments: Adjustments,
         upkeep: Upkeep,
         backups: Backups,
         clock: Clock,
@@ -134,6 +137,7 @@ class Store:
         self.ledger = ledger
         self.keyring = keyring
         self.directory = directory
+        self.adjustments = adjustments
         self.clock = clock
         self.recovery = recovery
         self.durable = durable
@@ -245,8 +249,15 @@ class Store:
         for row in await storage.load(database):
             keyring.apply(row)
 
+        repeats = Repeats()
+        for made in await storage.load_repeats(database):
+            repeats.remember(*made)
+
         def change(record: Admin) -> None:
-            keyring.apply(record.row)
+            row = record.row
+            keyring.apply(row)
+            if record.idempotency_key is not None:
+                repeats.remember(record.idempotency_key, record.lsn, storage.named(row)[1])
 
         state = await load_state(database, breathe=_breathe, directory=change)
         recent = Recent()
@@ -268,6 +279,8 @@ class Store:
         )
         clock = Clock(wall, time.monotonic)
         ledger = Ledger(state, journal, clock.now_ms, recent)
+        for sent, lsn in state.idempotency.items():
+            repeats.remember(sent, lsn, None)  # of adjustments that the database does not have yet
         settled = ledger.recover()
         upkeep = Upkeep(journal, log, time.monotonic)
         await upkeep.sync()
@@ -282,7 +295,8 @@ class Store:
             journal=journal,
             ledger=ledger,
             keyring=keyring,
-            directory=Directory(ledger, keyring, below, durable),
+            directory=Directory(ledger, keyring, repeats, below, durable),
+            adjustments=Adjustments(ledger, repeats, durable),
             upkeep=upkeep,
             backups=backups,
             clock=clock,
@@ -328,8 +342,8 @@ class Store:
     async def store_key_use(self) -> None:
         """Keep when each key was last used: no record, since losing it costs nothing."""
         uses = self.keyring.used_since_stored()
-        if uses and await storage.update_last_used(self.database, uses):
-            self.keyring.stored(uses)
+        if uses and not await storage.update_uses(self.database, uses):
+            self.keyring.not_stored(uses)
 
     async def _keep_backups(self) -> None:
         """Back the database up when that is due, and let go of the journal that it covers."""

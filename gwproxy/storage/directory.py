@@ -1,7 +1,8 @@
 """The SQL of organizations, users and keys: rows from values, values from rows, nothing decided."""
 
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
@@ -9,11 +10,14 @@ import orjson
 
 from gwproxy.core.errors import StorageUnavailable
 from gwproxy.core.identity import (
+    AdminKey,
     ApiKey,
     FailureMode,
+    OldSecret,
     OnClientGone,
     OnExhausted,
     Organization,
+    Scope,
     Status,
     UnboundedPolicy,
     User,
@@ -21,7 +25,7 @@ from gwproxy.core.identity import (
 from gwproxy.core.money import Nanos
 from gwproxy.storage.database import Database
 
-Row = Organization | User | ApiKey
+Row = Organization | User | ApiKey | AdminKey
 
 
 async def load(database: Database) -> list[Row]:
@@ -30,11 +34,23 @@ async def load(database: Database) -> list[Row]:
     organizations = await database.read("SELECT * FROM organization ORDER BY rowid")
     users = await database.read("SELECT * FROM user ORDER BY rowid")
     keys = await database.read("SELECT * FROM api_key ORDER BY rowid")
+    admin_keys = await database.read("SELECT * FROM admin_key ORDER BY rowid")
     return [
         *(_organization(row) for row in organizations),
         *(_user(row) for row in users),
         *(_key(row) for row in keys),
+        *(_admin_key(row) for row in admin_keys),
     ]
+
+
+async def load_repeats(database: Database) -> list[tuple[str, int, str | None]]:
+    """Of each request that was sent under a key of its own: its mark, the record that it led to,
+    and the id of the row that this was about, if it was one."""
+    rows = await database.read(
+        "SELECT key, lsn, iif(action IN ('grant', 'reset'), NULL, id) AS id"
+        " FROM idempotency LEFT JOIN audit USING (lsn)"
+    )
+    return [(row["key"], row["lsn"], row["id"]) for row in rows]
 
 
 def organizations(connection: sqlite3.Connection) -> list[Organization]:
@@ -52,9 +68,9 @@ def put(connection: sqlite3.Connection, row: Row) -> Row | None:
     ).fetchone()
     names = ", ".join(columns)
     marks = ", ".join(f":{name}" for name in columns)
-    # When a key was last used is written by `update_last_used` alone: no record tells of it.
+    # How a key was used is written by `update_uses` alone: no record tells of it.
     changes = ", ".join(
-        f"{name} = excluded.{name}" for name in columns if name not in (id_column, "last_used_at")
+        f"{name} = excluded.{name}" for name in columns if name not in (id_column, *_USE)
     )
     connection.execute(
         f"INSERT INTO {table} ({names}) VALUES ({marks})"
@@ -73,21 +89,41 @@ def named(row: Row) -> tuple[str, str]:
 def shown(row: Row) -> str:
     """The row as JSON, without what nobody needs to see."""
     fields = msgspec.to_builtins(row)
-    fields.pop("digest", None)
+    for name in ("digest", *_USE):
+        fields.pop(name, None)
+    if "previous" in fields:
+        fields["previous"] = [{"until": each["until"]} for each in fields["previous"]]
     return _json(fields)
 
 
-async def update_last_used(database: Database, uses: list[tuple[str, int]]) -> bool:
-    """Store (key_id, last used); False when that could not be done for all of them just now.
+_USE: Final = ("last_used_at", "last_used_from", "use_count")
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """How a key was used so far."""
+
+    key_id: str
+    at: int
+    address: str | None
+    count: int
+
+
+async def update_uses(database: Database, uses: Sequence[Use]) -> bool:
+    """Store how keys were used; False when that could not be done for all of them just now.
 
     Not a change that anybody made: versions stay.
     """
-    sql = "UPDATE api_key SET last_used_at = ?2 WHERE key_id = ?1"
+    sql = (
+        "UPDATE api_key SET last_used_at = ?2, last_used_from = ?3, use_count = ?4"
+        " WHERE key_id = ?1"
+    )
+    rows = [(use.key_id, use.at, use.address, use.count) for use in uses]
     try:
-        done = await database.commit(lambda connection: connection.executemany(sql, uses).rowcount)
+        done = await database.commit(lambda connection: connection.executemany(sql, rows).rowcount)
     except StorageUnavailable:
         return False  # whoever writes what counts will meet the same fault, and tell
-    return done == len(uses)
+    return done == len(rows)
 
 
 # -- values into columns and back ----------------------------------------------------------------
@@ -145,6 +181,7 @@ def _columns(row: Row) -> tuple[str, str, dict[str, Any]]:
                     "user_id": row.user_id,
                     "prefix": row.prefix,
                     "digest": row.digest,
+                    "previous": _old_secrets(row.previous),
                     "name": row.name,
                     "allowed_models": (
                         None if row.allowed_models is None else _json(row.allowed_models)
@@ -157,6 +194,24 @@ def _columns(row: Row) -> tuple[str, str, dict[str, Any]]:
                     "expires_at": row.expires_at,
                     "revoked_at": row.revoked_at,
                     "last_used_at": row.last_used_at,
+                    "last_used_from": row.last_used_from,
+                    "use_count": row.use_count,
+                    "version": row.version,
+                },
+            )
+        case AdminKey():
+            return (
+                "admin_key",
+                "key_id",
+                {
+                    "key_id": row.key_id,
+                    "prefix": row.prefix,
+                    "digest": row.digest,
+                    "name": row.name,
+                    "scope": row.scope,
+                    "created_at": row.created_at,
+                    "expires_at": row.expires_at,
+                    "revoked_at": row.revoked_at,
                     "version": row.version,
                 },
             )
@@ -205,6 +260,7 @@ def _key(row: sqlite3.Row) -> ApiKey:
         user_id=row["user_id"],
         prefix=row["prefix"],
         digest=row["digest"],
+        previous=() if row["previous"] is None else _read_old_secrets(row["previous"]),
         name=row["name"],
         allowed_models=None if models is None else tuple(orjson.loads(models)),
         monthly_limit=_nanos(row["monthly_limit"]),
@@ -215,14 +271,42 @@ def _key(row: sqlite3.Row) -> ApiKey:
         expires_at=row["expires_at"],
         revoked_at=row["revoked_at"],
         last_used_at=row["last_used_at"],
+        last_used_from=row["last_used_from"],
+        use_count=row["use_count"],
         version=row["version"],
     )
+
+
+def _admin_key(row: sqlite3.Row) -> AdminKey:
+    return AdminKey(
+        key_id=row["key_id"],
+        prefix=row["prefix"],
+        digest=row["digest"],
+        name=row["name"],
+        scope=Scope(row["scope"]),
+        created_at=row["created_at"],
+        expires_at=row["expires_at"],
+        revoked_at=row["revoked_at"],
+        version=row["version"],
+    )
+
+
+def _old_secrets(previous: tuple[OldSecret, ...]) -> str | None:
+    if not previous:
+        return None
+    return msgspec.json.encode([(each.digest, each.until) for each in previous]).decode()
+
+
+def _read_old_secrets(column: str) -> tuple[OldSecret, ...]:
+    pairs = msgspec.json.decode(column, type=list[tuple[bytes, int]])
+    return tuple(OldSecret(*pair) for pair in pairs)
 
 
 _VALUES: Final[Mapping[str, Callable[[sqlite3.Row], Row]]] = {
     "organization": _organization,
     "user": _user,
     "api_key": _key,
+    "admin_key": _admin_key,
 }
 
 

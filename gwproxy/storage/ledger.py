@@ -46,7 +46,7 @@ from gwproxy.core.records import (
     decode,
     encode,
 )
-from gwproxy.storage import directory
+from gwproxy.storage import audit
 from gwproxy.storage.database import (
     BackupRefused,
     DatabaseDamaged,
@@ -454,24 +454,9 @@ def _write_other(
             connection.executemany(
                 _INSERT_ADJUSTMENT, [(*_charge(e), t, e.actor, e.reason) for e in entries]
             )
+            audit.adjusted(connection, record)
         case Admin():
-            row = record.row
-            before = directory.put(connection, row)
-            assert_in_transaction(connection)
-            connection.execute(
-                "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    lsn,
-                    t,
-                    record.actor,
-                    record.action,
-                    *directory.named(row),
-                    None if before is None else directory.shown(before),
-                    directory.shown(row),
-                    record.request_id,
-                    record.address,
-                ),
-            )
+            audit.changed(connection, record)
         case Close():
             connection.execute(
                 "INSERT INTO closed VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
