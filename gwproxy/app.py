@@ -35,6 +35,7 @@ from gwproxy.core.embeddings import EmbeddingsRequest
 from gwproxy.core.errors import StorageUnavailable
 from gwproxy.core.identity import FailureMode
 from gwproxy.core.learned import Factors, OutputLengths
+from gwproxy.core.messages import MessagesRequest
 from gwproxy.core.money import NANOS_PER_USD
 from gwproxy.core.pricing import PriceBook
 from gwproxy.core.routing import CATALOGUE, OPENAI, Link, Provider, Routes, max_tokens_field
@@ -68,6 +69,9 @@ PASSTHROUGH: Final = "upstream"
 PARSERS: Final[Mapping[Api, Parse]] = {
     Api.CHAT: lambda raw, allowed, headers: ChatRequest.parse(raw, allowed),
     Api.EMBEDDINGS: lambda raw, allowed, headers: EmbeddingsRequest.parse(raw, allowed),
+    Api.MESSAGES: lambda raw, allowed, headers: MessagesRequest.parse(
+        raw, allowed, headers.get("anthropic-version"), headers.getall("anthropic-beta", ())
+    ),
 }
 """Each API that is served; but for the chat's, its route is /v1/ and its name."""
 

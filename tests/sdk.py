@@ -8,6 +8,7 @@ from gwproxy.demo import DemoUpstream
 from tests.harness import UPSTREAM_TOKEN
 
 FLAVOURS = ("cloudflare-compat", "openai")
+NATIVE_FLAVOURS = FLAVOURS
 
 _HEAD = """
 [server]

@@ -30,7 +30,7 @@ _ANTHROPIC_TYPES = {
 """Anthropic's word for a status; its SDKs choose their exception by the status alone."""
 
 
-def envelope(error: GatewayError, api: Api, request_id: str) -> dict[str, Any]:
+def envelope(error: GatewayError, api: Api, request_id: str | None) -> dict[str, Any]:
     """The error as a body of this API. Anthropic's has no code; ours is added, because a program
     that wants to know why needs it."""
     if api is not Api.MESSAGES:
@@ -42,7 +42,10 @@ def envelope(error: GatewayError, api: Api, request_id: str) -> dict[str, Any]:
         words["param"] = error.param
     if error.gateway is not None:
         words["gateway"] = error.gateway
-    return {"type": "error", "error": words, "request_id": request_id}
+    body: dict[str, Any] = {"type": "error", "error": words}
+    if request_id is not None:
+        body["request_id"] = request_id
+    return body
 
 
 def anthropic_type(status: int) -> str:

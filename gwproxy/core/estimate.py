@@ -33,6 +33,8 @@ class Form:
     """Fields that no model reads as text. Any other might be rendered into the prompt."""
     schema_tokens: int = 16
     """For the words that a provider wraps around tools and a response format."""
+    nested: bool = False
+    """Parts may hold parts, at any depth."""
 
 
 # fmt: off
@@ -91,9 +93,9 @@ def prompt_bound(
     return (
         size_bytes
         + (_MESSAGE_TOKENS + _NAME_TOKENS) * count
-        + form.schema_tokens * len(form.schemas)
+        + sum([form.schema_tokens for field in form.schemas if body.get(field)])
         + _REPLY_TOKENS
-        + image_tokens * _media_parts(messages)
+        + image_tokens * (_media_within(messages) if form.nested else _media_parts(messages))
     )
 
 
@@ -124,7 +126,8 @@ def prompt_slices(
     no provider charges.
     """
     messages = body.get(form.turns)
-    total = _REPLY_TOKENS + image_tokens * _media_parts(messages)
+    media = _media_within(messages) if form.nested else _media_parts(messages)
+    total = _REPLY_TOKENS + image_tokens * media
     done = 0  # what was done since the last stop, in characters or what takes as long
     for words in _prompt(body, form):
         if type(words) is int:
@@ -219,6 +222,19 @@ def _media_parts(messages: object) -> int:
                         inner = part.get("content")
                         if type(inner) is list:
                             found += sum(map(_is_media, inner))
+    return found
+
+
+def _media_within(root: object) -> int:
+    """The same at any depth: all that calls itself by such a name, which some of it may not be."""
+    found, stack = 0, [root]
+    while stack:
+        node = stack.pop()
+        if type(node) is dict:
+            found += _is_media(node)
+            stack.extend(value for value in node.values() if type(value) in (dict, list))
+        elif type(node) is list:
+            stack.extend(value for value in node if type(value) in (dict, list))
     return found
 
 

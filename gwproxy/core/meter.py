@@ -103,6 +103,11 @@ class Meter:
         "unparsed_bytes",
     )
 
+    normalise = staticmethod(Usage.from_openai)
+    """How this API's usage object is read."""
+    partial: bool = False
+    """The usage so far is that of a beginning: more was answered than it says."""
+
     def __init__(self, count: Callable[[str], int]) -> None:
         self._count = count
         self._texts: dict[_Key, _Text] = {}
@@ -243,7 +248,7 @@ class Meter:
         """What the provider said it used, or None when it said nothing that can be used."""
         raw = self.usage_raw
         if raw is not self._read_raw:
-            self._read_raw, self._read = raw, Usage.from_openai(raw)
+            self._read_raw, self._read = raw, self.normalise(raw)
         return self._read
 
     def _observe_field(self, index: object, field: str, value: Any, delta: dict[str, Any]) -> int:

@@ -98,6 +98,25 @@ class Usage(msgspec.Struct, frozen=True):
         return cls(prompt - read - write, read, write, output, min(reasoning, output))
 
     @classmethod
+    def from_messages(cls, reported: object) -> "Usage | None":
+        """Normalise the `usage` object of Anthropic's API, whose input leaves out what was read
+        from its cache or written to it."""
+        if type(reported) is not dict:
+            return None
+        fresh, output = _count(reported.get("input_tokens")), _count(reported.get("output_tokens"))
+        if fresh is None and output is None:
+            return None
+        details = reported.get("output_tokens_details")
+        thought = _first(details.get("thinking_tokens")) if type(details) is dict else 0
+        return cls(
+            fresh or 0,
+            _first(reported.get("cache_read_input_tokens")),
+            _first(reported.get("cache_creation_input_tokens")),
+            output or 0,
+            min(thought, output or 0),
+        )
+
+    @classmethod
     def _from_plain(cls, reported: dict[str, Any]) -> "Usage | None":
         """The same for what nearly all say: whole numbers that agree, in OpenAI's places alone.
         Half the price; None when it is anything else."""

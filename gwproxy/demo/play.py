@@ -12,6 +12,7 @@ import orjson
 
 from . import refusals
 from .faults import Faults
+from .native import Embeddings, Kind, Message, Response
 from .providers import Answer, Dialect, Event
 from .record import Served
 from .refusals import Refusal
@@ -24,8 +25,12 @@ _COMMENT: Final = b": OPENROUTER PROCESSING"
 
 
 class Flavour(Enum):
-    COMPAT = "the gateway's compat endpoint"
+    COMPAT = "the gateway's own address: its compat endpoint, and its providers' routes"
+    REST = "the gateway by the REST API"
     OPENAI = "a plain OpenAI-compatible server"
+
+
+Streamed = Answer | Message | Response
 
 
 class Over(Exception):
@@ -36,9 +41,13 @@ class Over(Exception):
 class Ask:
     """One request to a chat endpoint, read."""
 
+    kind: Kind
     flavour: Flavour
     headers: Mapping[str, str]
     body: dict[str, Any]
+    """In chat's words, whatever the API."""
+    asked: dict[str, Any]
+    """As it came."""
     token: str
     faults: Faults
     manners: Dialect
@@ -57,7 +66,7 @@ class Ask:
 
 
 async def stream(
-    ask: Ask, answer: Answer, wire: Wire, served: Served, headers: Headers, pause_s: float
+    ask: Ask, answer: Streamed, wire: Wire, served: Served, headers: Headers, pause_s: float
 ) -> None:
     faults, manners = ask.faults, ask.manners
     newline = b"\r\n" if "crlf" in faults else manners.newline
@@ -70,33 +79,35 @@ async def stream(
     if "endless" in faults:
         await _endless(wire, faults["endless"])
     if "error-first" in faults:
-        await _last_event(wire, served, newline, refusals.in_stream(ask.note), "error-first")
+        await _last_event(wire, served, newline, answer.trouble(ask.note), "error-first")
     served.tokens = _nothing_yet(answer.speech)
     for event in answer.events():
-        await _interrupt(ask, wire, served, newline)
-        await wire.send(b"data: %b%b" % (orjson.dumps(event.data), newline * 2))
+        await _interrupt(ask, answer, wire, served, newline)
+        await wire.send(_frame(event, newline))
         _note(served, event)
         if pause_s:
             await asyncio.sleep(pause_s)
-    await _interrupt(ask, wire, served, newline, at_the_end=True)
+    await _interrupt(ask, answer, wire, served, newline, at_the_end=True)
     if "no-done" in faults:
         await wire.finish()
         raise Over("no-done")
-    await wire.send(b"data: [DONE]" + newline * 2)
+    if ask.kind is Kind.CHAT:
+        await wire.send(b"data: [DONE]" + newline * 2)
     await wire.finish()
     served.completed, served.end = True, "complete"
 
 
-async def whole(ask: Ask, answer: Answer, wire: Wire, served: Served, headers: Headers) -> None:
+async def whole(
+    ask: Ask, answer: Streamed | Embeddings, wire: Wire, served: Served, headers: Headers
+) -> None:
     """One JSON answer. The faults that count events strike in the middle of its body."""
     faults = ask.faults
     served.tokens = _everything(answer)
     head = [("content-type", refusals.JSON), *headers]
     if {"error-event-after", "error-first"} & faults.keys():
         served.tokens = None
-        await refuse(
-            wire, served, Refusal(200, orjson.dumps(refusals.in_stream(ask.note))), headers
-        )
+        trouble = Answer.trouble if isinstance(answer, Embeddings) else answer.trouble
+        await refuse(wire, served, Refusal(200, orjson.dumps(trouble(ask.note).data)), headers)
         return
     message = answer.whole()
     body = orjson.dumps(message)
@@ -184,7 +195,13 @@ async def trouble_before_headers(ask: Ask, wire: Wire) -> None:
 
 
 async def _interrupt(
-    ask: Ask, wire: Wire, served: Served, newline: bytes, *, at_the_end: bool = False
+    ask: Ask,
+    answer: Streamed,
+    wire: Wire,
+    served: Served,
+    newline: bytes,
+    *,
+    at_the_end: bool = False,
 ) -> None:
     """The faults that come after so many events, or where the events run out."""
     faults, sent = ask.faults, served.events_sent
@@ -196,8 +213,7 @@ async def _interrupt(
         await wire.send(b'data: {"id":"chatcmpl-' + newline * 2)
         served.events_sent += 1
     if due("error-event-after"):
-        error = refusals.in_stream(ask.note)
-        await _last_event(wire, served, newline, error, "error-event-after")
+        await _last_event(wire, served, newline, answer.trouble(ask.note), "error-event-after")
     if due("reset-after"):
         await wire.reset()
         raise Over("reset-after")
@@ -211,13 +227,16 @@ async def _interrupt(
         await wire.stall()
 
 
-async def _last_event(
-    wire: Wire, served: Served, newline: bytes, data: Mapping[str, Any], end: str
-) -> None:
-    await wire.send(b"data: %b%b" % (orjson.dumps(data), newline * 2))
+async def _last_event(wire: Wire, served: Served, newline: bytes, event: Event, end: str) -> None:
+    await wire.send(_frame(event, newline))
     served.events_sent += 1
     await wire.finish()
     raise Over(end)
+
+
+def _frame(event: Event, newline: bytes) -> bytes:
+    name = b"event: %b%b" % (event.name.encode(), newline) if event.name else b""
+    return b"%bdata: %b%b" % (name, orjson.dumps(event.data), newline * 2)
 
 
 async def _endless(wire: Wire, mebibytes: int) -> None:
@@ -238,7 +257,10 @@ def _nothing_yet(speech: Speech) -> dict[str, int]:
     }
 
 
-def _everything(answer: Answer) -> dict[str, int]:
+def _everything(answer: Streamed | Embeddings) -> dict[str, int]:
+    if isinstance(answer, Embeddings):
+        nothing = dict.fromkeys(("cached", "cache_write", "output", "reasoning"), 0)
+        return {"input": answer.prompt, **nothing}
     speech = answer.speech
     output = answer.spoken() + speech.reasoning
     return {**_nothing_yet(speech), "output": output, "reasoning": speech.reasoning}
@@ -250,6 +272,6 @@ def _note(served: Served, event: Event) -> None:
     if served.tokens is not None:
         served.tokens["output"] += event.output
         served.tokens["reasoning"] += event.reasoning
-    usage = event.data.get("usage")
+    usage = event.usage or event.data.get("usage")
     if isinstance(usage, dict):
         served.usage = usage

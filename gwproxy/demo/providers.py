@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
 
+from .refusals import in_stream
 from .speech import Choice, Speech
 
 SIGNATURE: Final = "CpQBAdHtim9rZXB0IGJ5dGUgZm9yIGJ5dGU="
@@ -166,6 +167,10 @@ class Event:
     data: dict[str, Any]
     output: int = 0
     reasoning: int = 0
+    name: str = ""
+    """Its `event:` line, in the APIs that have one."""
+    usage: dict[str, Any] | None = None
+    """Where it is not the data's own field."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +216,11 @@ class Answer:
         if self.manners.groq:
             body["x_groq"] = {"id": f"req_{self.id[-12:]}"}
         return body
+
+    @staticmethod
+    def trouble(note: str) -> Event:
+        """The event that says the stream has failed."""
+        return Event(in_stream(note))
 
     def spoken(self) -> int:
         """Tokens that are not reasoning."""

@@ -9,7 +9,8 @@ import asyncio
 import ssl
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +25,19 @@ from . import control, play, providers, refusals
 from .faults import Faults, UnknownFault, parse_text, split_model
 from .management import PREFIX as MANAGEMENT
 from .management import Management
-from .play import Ask, Flavour, Over
+from .native import (
+    PATHS,
+    Embeddings,
+    Kind,
+    Message,
+    Response,
+    as_chat,
+    dressed,
+    native_kind,
+    rest_name,
+    wants,
+)
+from .play import Ask, Flavour, Over, Streamed
 from .providers import Answer, Dialect
 from .record import Books, Served, metadata
 from .refusals import Refusal
@@ -47,6 +60,20 @@ _MODELS: Final = {
     "deepseek": ("deepseek-chat", "deepseek-reasoner"),
     "mock": ("echo", "prose", "tool"),
 }
+
+
+_KEY_HEADERS: Final = ("authorization", "x-api-key", "api-key", "x-goog-api-key")
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """By which way a request came in. `gateway` is None where there is none, "" for a strange one;
+    `slug` is set where the path says the provider."""
+
+    kind: Kind
+    flavour: Flavour
+    gateway: str | None
+    slug: str = ""
 
 
 class DemoUpstream:
@@ -73,6 +100,8 @@ class DemoUpstream:
         self.scripts = Scripts()
         self.management = Management(account, gateway, token, providers.slugs(), time.monotonic)
         """The account's other side: gateways, provider keys, tokens and the log."""
+        self.stored: dict[str, dict[str, Any]] = {}
+        """Responses by their id, those kept that were not asked to be forgotten."""
         self._provider_keys = provider_keys
         self._books = Books(record_file)
         self._ssl = ssl_context
@@ -103,6 +132,10 @@ class DemoUpstream:
     @property
     def compat_url(self) -> str:
         return f"{self.url}/v1/{self.account}/{self.gateway}"
+
+    @property
+    def rest_url(self) -> str:
+        return f"{self.url}/client/v4/accounts/{self.account}/ai/v1"
 
     @property
     def api_url(self) -> str:
@@ -182,13 +215,18 @@ class DemoUpstream:
             return Spoken(reusable=False)
         headers = [(n.decode("latin-1"), v.decode("latin-1")) for n, v in request.raw_headers]
         self._books.enter_request(request.method, request.raw_path, headers, body)
-        if request.path.startswith(MANAGEMENT):
+        if request.path.startswith(MANAGEMENT) and "/ai/v1/" not in request.path:
             return await self._manage(request, body)
         gateway: str | None = None
         match request.path.strip("/").split("/"):
             case ["v1", account, named, "compat", *what]:
                 flavour, known = Flavour.COMPAT, account == self.account
                 gateway = named
+            case ["v1", account, named, slug, *path] if native_kind(slug, path) is not None:
+                return await self._native(request, account, named, slug, path, body)
+            case ["client", "v4", "accounts", account, "ai", "v1", *what]:
+                flavour, known = Flavour.REST, account == self.account
+                gateway = request.headers.get("cf-aig-gateway-id", self.gateway)
             case ["openai", "v1", *what] | ["v1", *what]:
                 flavour, known = Flavour.OPENAI, True
             case _:
@@ -196,11 +234,42 @@ class DemoUpstream:
         match request.method, what:
             case hdrs.METH_GET, ["models"]:
                 return self._models(request, flavour, gateway if known else "")
-            case hdrs.METH_POST, ["chat", "completions"]:
-                return await self._chat(request, flavour, gateway if known else "", body)
+            case hdrs.METH_GET, ["responses", stored] if flavour is not Flavour.COMPAT:
+                return self._stored(request, flavour, gateway, stored)
+            case hdrs.METH_POST, _ if tuple(what) in _paths(flavour):
+                door = Door(PATHS[tuple(what)], flavour, gateway if known else "")
+                return await self._call(request, door, body)
             case _, ["models"] | ["chat", "completions"]:
                 return _plain(refusals.openai(405, "Method not allowed", None, None))
         return _plain(refusals.openai(404, "There is nothing here", None, None))
+
+    async def _native(
+        self,
+        request: web.BaseRequest,
+        account: str,
+        gateway: str,
+        slug: str,
+        path: list[str],
+        body: bytes,
+    ) -> web.StreamResponse:
+        """A provider's own route behind the gateway: its own wire, and bare names for models."""
+        kind = native_kind(slug, path)
+        if kind is None or request.method != hdrs.METH_POST:
+            return _plain(refusals.openai(404, "There is nothing here", None, None))
+        known = gateway if account == self.account else ""
+        return await self._call(request, Door(kind, Flavour.COMPAT, known, slug), body)
+
+    def _stored(
+        self, request: web.BaseRequest, flavour: Flavour, gateway: str | None, stored: str
+    ) -> web.StreamResponse:
+        """A response that was not asked to be forgotten, to whoever has the account's key."""
+        refusal = self._stranger(request, flavour, gateway)
+        if refusal is None and stored not in self.stored:
+            refusal = refusals.openai(404, f"Response with id '{stored}' not found.", None, None)
+        if refusal is not None:
+            return _plain(refusal)
+        body = orjson.dumps(self.stored[stored])
+        return web.Response(body=body, content_type="application/json")
 
     async def _manage(self, request: web.BaseRequest, body: bytes) -> web.StreamResponse:
         try:
@@ -228,7 +297,7 @@ class DemoUpstream:
         """The refusal for whoever is not let in. `gateway` is None where there is none."""
         if self.management.may(_token(request.headers, flavour), "run") and gateway is None:
             return None
-        if flavour is Flavour.COMPAT:
+        if flavour is not Flavour.OPENAI:
             settings = self.management.gateways.get(gateway or "")
             if settings is None:
                 return refusals.gateway(2001)
@@ -236,12 +305,11 @@ class DemoUpstream:
                 return None
             if self.management.may(_token(request.headers, flavour), "run"):
                 return None
-            return refusals.gateway(2009)
+            return refusals.gateway(2009 if flavour is Flavour.COMPAT else 10000)
         return refusals.openai(401, "Incorrect API key provided", None, "invalid_api_key")
 
-    async def _chat(
-        self, request: web.BaseRequest, flavour: Flavour, gateway: str | None, body: bytes
-    ) -> web.StreamResponse:
+    async def _call(self, request: web.BaseRequest, door: Door, body: bytes) -> web.StreamResponse:
+        flavour, gateway = door.flavour, door.gateway
         number = next(self._numbers)
         about = metadata(request.headers.get("cf-aig-metadata"))
         attempt = about.get("attempt", 1)
@@ -268,8 +336,9 @@ class DemoUpstream:
         try:
             refusal = self._stranger(request, flavour, gateway)
             if refusal is None:
-                await self._answer(request, flavour, gateway, body, wire, served, carried)
+                await self._answer(request, door, body, wire, served, carried)
             else:
+                refusal = dressed(refusal, door.kind)
                 await play.refuse(wire, served, refusal, _edge_headers(served))
         except Over as over:
             served.end = str(over)
@@ -283,18 +352,21 @@ class DemoUpstream:
             self._wires.discard(wire)
             self._books.enter(served)
             if refusal is None and gateway is not None and served.provider is not None:
-                self._log(request.headers, gateway, served, about)
+                self._log(request, gateway, served, about)
         return Spoken(wire.reusable)
 
     def _log(
-        self, headers: Mapping[str, str], gateway: str, served: Served, about: Mapping[str, Any]
+        self, request: web.BaseRequest, gateway: str, served: Served, about: Mapping[str, Any]
     ) -> None:
+        headers = request.headers
         settings = self.management.gateways.get(gateway)
         wanted = headers.get("cf-aig-collect-log")
         if settings is None or wanted == "false" or (not settings["collect_logs"] and not wanted):
             return
         custom_cost = headers.get("cf-aig-custom-cost")
-        self.management.logs.enter(served, about, custom_cost, "compat/chat/completions")
+        # What is behind the gateway's own address.
+        path = request.path.strip("/").split("/", 3)[-1]
+        self.management.logs.enter(served, about, custom_cost, path)
 
     def _count_request(self, request: web.BaseRequest) -> int:
         """How many requests this connection has carried before."""
@@ -307,21 +379,29 @@ class DemoUpstream:
     async def _answer(
         self,
         request: web.BaseRequest,
-        flavour: Flavour,
-        gateway: str | None,
+        door: Door,
         raw: bytes,
         wire: Wire,
         served: Served,
         carried: int,
     ) -> None:
+        flavour, gateway, kind = door.flavour, door.gateway, door.kind
         edge = _edge_headers(served)
         body = _json_object(raw)
         name = body.get("model") if body is not None else None
-        if body is None or not isinstance(name, str) or not isinstance(body.get("messages"), list):
-            await play.refuse(wire, served, _bad_format(flavour), edge)
+        if body is None or not isinstance(name, str) or not wants(kind, body):
+            await play.refuse(wire, served, dressed(_bad_format(door), kind), edge)
             return
         served.requested, served.stream = name, body.get("stream") is True
         prefix, _, rest = name.partition("/")
+        if door.slug:
+            prefix, rest = door.slug, name
+        elif flavour is Flavour.REST:
+            found = rest_name(name)
+            if found is None:
+                await play.refuse(wire, served, refusals.gateway(7003), edge)
+                return
+            prefix, rest = found
         script = self.scripts.take(name, prefix if rest else None)
         try:
             base, faults = split_model(rest or name)
@@ -330,7 +410,7 @@ class DemoUpstream:
                 faults = Faults(faults | script.faults)
         except UnknownFault as unknown:
             wrong = refusals.openai(400, str(unknown), "model", "demo_unknown_fault")
-            await play.refuse(wire, served, wrong, edge)
+            await play.refuse(wire, served, dressed(wrong, kind), edge)
             return
         manners = _provider(flavour, prefix, rest, name)
         # In the OpenAI flavour a slash may be part of the model's own name.
@@ -353,9 +433,11 @@ class DemoUpstream:
             if self._uses[name] > faults["times"]:
                 faults = Faults()
         ask = Ask(
+            kind=kind,
             flavour=flavour,
             headers=request.headers,
-            body=body,
+            body=as_chat(kind, body),
+            asked=body,
             token=_token(request.headers, flavour),
             faults=faults,
             manners=manners,
@@ -370,13 +452,14 @@ class DemoUpstream:
         if refusal is not None:
             if refusal.edge:
                 headers = [*edge, *_wished_headers(faults)]
+            refusal = dressed(refusal, kind)
             await play.refuse(wire, served, refusal, headers, "gzip" in faults)
         elif "redirect" in faults:
             moved = Refusal(307, b"", refusals.TEXT)
             await play.refuse(wire, served, moved, [*headers, ("location", "/elsewhere")])
         else:
             answer = self._compose(ask, served)
-            if ask.streams and "guardrails" not in faults:
+            if ask.streams and "guardrails" not in faults and not isinstance(answer, Embeddings):
                 pause_s = faults.get("slow", self.event_interval_ms) / 1000
                 await play.stream(ask, answer, wire, served, headers, pause_s)
             else:
@@ -410,14 +493,18 @@ class DemoUpstream:
         later = {"error-event-after", "error-first"} & faults.keys()
         if "echo-token" in faults and not later:
             return refusals.provider(slug, 401, ask.note)
-        authorization = ask.headers.get("authorization")
-        # Whatever comes in this header goes on to the provider, which knows its own keys only.
-        if (
-            ask.flavour is Flavour.COMPAT
-            and authorization is not None
-            and authorization.removeprefix("Bearer ") not in self._provider_keys
+        keys = {ask.headers[name] for name in _KEY_HEADERS if name in ask.headers}
+        # Whatever comes in these headers goes on to the provider, which knows its own keys only.
+        if ask.flavour is Flavour.COMPAT and any(
+            key.removeprefix("Bearer ") not in self._provider_keys for key in keys
         ):
             return refusals.provider(slug, 401)
+        if ask.kind is Kind.MESSAGES and "anthropic-version" not in ask.headers:
+            return refusals.openai(400, "anthropic-version: header is required", None, None)
+        before = ask.asked.get("previous_response_id")
+        if before is not None and before not in self.stored:
+            message = f"Previous response with id '{before}' not found."
+            return refusals.openai(400, message, "previous_response_id", None)
         complaint = providers.complaint(ask.manners, ask.model, ask.body)
         if complaint is not None:
             return refusals.openai(400, *complaint)
@@ -428,7 +515,7 @@ class DemoUpstream:
     ) -> list[tuple[str, str]]:
         """What comes with an answer that got as far as the provider."""
         headers = _edge_headers(served)
-        if flavour is Flavour.COMPAT:
+        if flavour is not Flavour.OPENAI:
             headers += [
                 ("cf-aig-log-id", served.log_id),
                 ("cf-aig-request-id", served.log_id),
@@ -454,9 +541,13 @@ class DemoUpstream:
             ]
         return headers + _wished_headers(faults)
 
-    def _compose(self, ask: Ask, served: Served) -> Answer:
+    def _compose(self, ask: Ask, served: Served) -> Streamed | Embeddings:
         faults, manners = ask.faults, ask.manners
+        mode = "none" if "no-usage" in faults else "bad" if "usage-bad" in faults else "true"
+        if ask.kind is Kind.EMBEDDINGS:
+            return Embeddings(ask.model, ask.asked, mode)
         cached = faults.get("cached", providers.default_cached(manners, prompt_tokens(ask.body)))
+        caches = manners.caches or ask.kind is not Kind.CHAT
         speech = compose(
             ask.model,
             ask.body,
@@ -464,23 +555,32 @@ class DemoUpstream:
                 length=faults.get("len"),
                 ignore_max="ignore-max" in faults,
                 reasoning=faults.get("reasoning", providers.default_reasoning(manners, ask.model)),
-                cached=cached if manners.caches else 0,
-                cache_write=faults.get("cache-write", 0) if manners.caches else 0,
+                cached=cached if caches else 0,
+                cache_write=faults.get("cache-write", 0) if caches else 0,
                 burst_bytes=faults.get("huge-event", 0),
             ),
         )
         options = ask.body.get("stream_options")
         options = options if isinstance(options, dict) else {}
-        mode = "none" if "no-usage" in faults else "bad" if "usage-bad" in faults else "true"
+        number, finishes = served.log_id.replace("-", ""), "no-finish" not in faults
+        if ask.kind is Kind.MESSAGES:
+            return Message(speech, f"msg_{number}", ask.model, finishes, mode)
+        if ask.kind is Kind.RESPONSES:
+            created = int(time.time())
+            name = f"resp_{number}"
+            response = Response(speech, name, created, ask.model, ask.asked, finishes, mode)
+            if ask.asked.get("store") is not False:
+                self.stored[name] = response.whole()
+            return response
         return Answer(
             manners=manners,
             speech=speech,
-            id=f"chatcmpl-{served.log_id.replace('-', '')}",
+            id=f"chatcmpl-{number}",
             created=int(time.time()),
             model=ask.model,
             asked_usage=options.get("include_usage") is True,
             padded=options.get("include_obfuscation") is not False,
-            finishes="no-finish" not in faults,
+            finishes=finishes,
             usage_mode=mode,
         )
 
@@ -488,7 +588,14 @@ class DemoUpstream:
 def _token(headers: Mapping[str, str], flavour: Flavour) -> str:
     name = "cf-aig-authorization" if flavour is Flavour.COMPAT else "authorization"
     scheme, _, token = headers.get(name, "").partition(" ")
+    if flavour is Flavour.OPENAI and not scheme:
+        return headers.get("x-api-key", "")
     return token if scheme.lower() == "bearer" else ""
+
+
+def _paths(flavour: Flavour) -> Iterable[tuple[str, ...]]:
+    """What there is besides the providers' own routes; the compat endpoint has chat alone."""
+    return [("chat", "completions")] if flavour is Flavour.COMPAT else PATHS
 
 
 def _provider(flavour: Flavour, prefix: str, rest: str, name: str) -> Dialect | None:
@@ -501,8 +608,8 @@ def _provider(flavour: Flavour, prefix: str, rest: str, name: str) -> Dialect | 
     return known
 
 
-def _bad_format(flavour: Flavour) -> Refusal:
-    if flavour is Flavour.COMPAT:
+def _bad_format(door: Door) -> Refusal:
+    if door.flavour is Flavour.COMPAT and not door.slug:
         return refusals.gateway(2019)
     return refusals.openai(400, "model and messages are required in a JSON object", None, None)
 

@@ -438,7 +438,7 @@ class Reservation:
         meter, priced = self.meter, self._priced
         assert meter is not None and priced is not None, "an attempt that was sent has both"
         reported = meter.usage
-        if reported is not None and self.outcome in (None, Outcome.COMPLETED):
+        if reported is not None and not meter.partial and self.outcome in (None, Outcome.COMPLETED):
             return reported, "provider"
         if self._stage is _Stage.SENT:
             return Usage(input=self._prompt_tokens()), "estimated"
