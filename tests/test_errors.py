@@ -104,7 +104,7 @@ def test_what_differs_is_told_where_it_is_raised_and_stays_with_that_error() -> 
     ],
 )
 def test_an_error_as_a_response(error: GatewayError, unread: bool, headers: dict[str, Any]) -> None:
-    response = error_response(error, "req_1", Api.CHAT, unread=unread)
+    response = error_response(error, "req_1", Api.CHAT, unread=unread, degraded=False)
     assert response.status == error.status
     assert isinstance(response.body, bytes)
     assert orjson.loads(response.body) == error.envelope()
@@ -119,6 +119,6 @@ def test_an_error_as_a_response(error: GatewayError, unread: bool, headers: dict
 def test_an_upstreams_own_body_is_sent_as_it_came() -> None:
     raw = b'{ "error": {"message":"m", "type":"t","param":null,"code":null} }'
     response = error_response(
-        GatewayError("m", status=400, body=raw), "req_1", Api.CHAT, unread=False
+        GatewayError("m", status=400, body=raw), "req_1", Api.CHAT, unread=False, degraded=False
     )
     assert response.body == raw

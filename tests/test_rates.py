@@ -273,7 +273,7 @@ async def test_openais_sdk_sees_a_rate_limit_error(aiohttp_server: Any, rates: R
         try:
             rates.admit((KEY,), 1)
         except RateLimited as error:
-            return error_response(error, "req_1", Api.CHAT, unread=False)
+            return error_response(error, "req_1", Api.CHAT, unread=False, degraded=False)
         return web.json_response({"object": "list", "data": []})
 
     app = web.Application()
