@@ -137,9 +137,9 @@ chain = [{ provider = "gemini", model = "gemini-2.5-pro" }]
         ("anthropic", ("anthropic", "anthropic", None, "max_completion_tokens")),
         ("hf", ("custom-hf", "custom-hf", None, "max_tokens")),
         ("vertex", ("google-vertex-ai/google", "google-vertex-ai", None, "max_tokens")),
-        ("groq", ("", "groq", None, "max_tokens")),
-        ("ollama", ("", "ollama", None, "max_tokens")),
-        ("router", ("anthropic", "anthropic", None, "max_tokens")),
+        ("groq", ("", "groq", None, "max_tokens", "openai")),
+        ("ollama", ("", "ollama", None, "max_tokens", "openai")),
+        ("router", ("anthropic", "anthropic", None, "max_tokens", "openai")),
     ],
 )
 def test_a_provider_becomes_what_resolution_reads(
@@ -149,7 +149,10 @@ def test_a_provider_becomes_what_resolution_reads(
         '"openai"\nbase_url', '"cloudflare-compat"\nbase_url', 1
     )
     routes = build_routes(configuration(tmp_path, text), PriceBook(assets.prices()))
-    assert routes.providers[name] == Provider(name, *expected[:3], max_tokens_field=expected[3])
+    field, flavour = (*expected[3:], "cloudflare-compat")[:2]
+    assert routes.providers[name] == Provider(
+        name, *expected[:3], max_tokens_field=field, flavour=flavour
+    )
     assert routes.passthrough is None
     assert routes.serves_catalogue
     assert "gemini-2.5-pro" in routes.catalogue["google-ai-studio"]
@@ -164,7 +167,7 @@ def test_a_provider_becomes_what_resolution_reads(
 
 def test_an_openai_compatible_upstream_takes_names_as_they_come(tmp_path: Path) -> None:
     routes = build_routes(configuration(tmp_path, text_for()), PriceBook(assets.prices()))
-    assert routes.passthrough == Provider(PASSTHROUGH, "", "openai")
+    assert routes.passthrough == Provider(PASSTHROUGH, "", "openai", flavour="openai")
     assert not routes.serves_catalogue
     (candidate,) = routes.resolve("any/name/at all") or ()
     assert candidate.sent == "any/name/at all"
