@@ -404,7 +404,7 @@ def test_the_rates_are_of_the_last_attempts(opened: Open) -> None:
     fail(providers, 16)
     for _ in range(48):
         enter(providers).answered(2.0)
-    assert standing.failure_rate == 0.25
+    assert (standing.failure_rate, standing.latency_s) == (0.25, 2.0)
     for _ in range(200):
         enter(providers).answered(1.0)
     assert standing.failure_rate == 0

@@ -110,9 +110,8 @@ class Entry:
         standing = self._standing
         breaker, before = standing.breaker, standing.breaker.state
         breaker.answered(self._number)
-        standing.latency_s += (latency_s - standing.latency_s) * (
-            _SMOOTHING if standing.seen else 1
-        )
+        weight = _SMOOTHING if standing.latency_s else 1.0
+        standing.latency_s += (latency_s - standing.latency_s) * weight
         standing.count(False)
         standing.successes.value += 1
         if before is not State.CLOSED:
