@@ -20,6 +20,7 @@ from gwproxy.core.trace import Attempt, Trace
 from gwproxy.core.upstream_words import (
     USER_AGENT,
     Verdict,
+    cache_key,
     classify,
     classify_event,
     credentials,
@@ -107,7 +108,6 @@ class Endpoint:
             lines.append(f"cf-aig-gateway-id: {self.gateway}")
         if self.cloudflare:
             lines += [
-                "cf-aig-skip-cache: true",
                 # A hidden retry is an attempt that is billed and that nobody sees.
                 "cf-aig-max-attempts: 1",
                 # Prompts and answers stay out of the gateway's log; its figures remain.
@@ -122,13 +122,22 @@ class Endpoint:
         request: ModelRequest,
         priced: Priced,
         attempt: int,
-        body_bytes: int,
+        body: bytes,
+        *,
+        cache: bool,
     ) -> bytes:
+        """`cache`: the caller's organization lets the gateway answer from its cache."""
         head = self.head(request.api, priced.candidate.provider.prefix)
-        parts = [head, request.header_lines, b"Content-Length: %d\r\n" % body_bytes]
+        parts = [head, request.header_lines, b"Content-Length: %d\r\n" % len(body)]
         if self.cloudflare:
             ids = (principal.user_id, principal.org_id, principal.key_id, trace.request_id)
             parts.append(b"cf-aig-metadata: %b\r\n" % metadata(*ids, attempt))
+            if cache:
+                place = f"{request.api}/{priced.candidate.provider.name}"
+                key = cache_key(principal.org_id, place, body)
+                parts.append(b"cf-aig-cache-key: %b\r\n" % key)
+            else:
+                parts.append(b"cf-aig-skip-cache: true\r\n")
             if priced.rate.overridden:
                 tier = priced.rate.tiers[0]
                 cost = custom_cost(tier.input, tier.output, tier.cache_read, tier.cache_write)
@@ -350,7 +359,10 @@ class Sending:
         endpoint = dispatch.endpoint(candidate.provider.name)
         request = self._request
         body = request.body_for(candidate, planned.plan.lowered)
-        head = endpoint.request_head(self._principal, trace, request, priced, number, len(body))
+        cache = endpoint.cloudflare and reservation.organization.cache
+        head = endpoint.request_head(
+            self._principal, trace, request, priced, number, body, cache=cache
+        )
         began = dispatch.now()
         record = Attempt(candidate.provider.name, candidate.model)
         trace.attempts.append(record)
@@ -390,6 +402,8 @@ class Sending:
             record.status = reply.status or None
             trace.first_byte_at = reply.first_byte_at
             trace.log_id = reply.headers.get("cf-aig-log-id", "")[:128]
+            if endpoint.cloudflare and reply.headers.get("cf-aig-cache-status") == "HIT":
+                reservation.cached = True
             return self._judge(reply, endpoint)
         finally:
             record.duration_s = dispatch.now() - began
