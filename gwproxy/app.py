@@ -59,6 +59,7 @@ from gwproxy.state.rates import Rates
 from gwproxy.state.store import Kept, Store, Synchronous
 from gwproxy.storage.database import HAS_WAL_RESET_BUG, SQLITE_VERSION
 from gwproxy.web import Front, Route, Router
+from gwproxy.webhook import Webhook
 
 BACKLOG: Final = 4096
 """Connections that the kernel keeps while the loop is busy; it cuts this to its own limit."""
@@ -183,6 +184,7 @@ class App:
             metrics=metrics,
             log=self.log,
         )
+        self._tell_alerts(store, books)
         intake = Intake(
             max_body_bytes=config.limits.max_body_bytes,
             body_timeout_s=config.limits.body_timeout_s,
@@ -275,6 +277,25 @@ class App:
         else:
             await self._listen(config.server.listen, [*public, *checks], ids, metrics)
             await self._listen(config.admin.listen, [*checks, *admin, scrape], ids, metrics)
+
+    def _tell_alerts(self, store: Store, books: Books) -> None:
+        quota = self.config.quota
+        if quota.alert_webhook is None:
+            return
+        secret, database = quota.alert_webhook_secret, self.config.storage.path
+        webhook = Webhook(
+            quota.alert_webhook.reveal(),
+            secret.reveal() if secret else None,
+            database.with_name(f"{database.name}.alerts"),
+            store.journal.ledger_id,
+            stored=store.alerts_after,
+            now_ms=store.ledger.now_ms,
+            monotonic=time.monotonic,
+            log=self.log,
+        )
+        books.alerted = webhook.add
+        telling = self._group.create_task(webhook.run())
+        self._cleanups.append(functools.partial(_ended, telling))
 
     def _open_upstream(self, metrics: Metrics) -> Upstream:
         config = self.config.upstream
@@ -599,6 +620,11 @@ def _show_ledger(metrics: Metrics, store: Store, accounts: Accounts) -> None:
     metrics.journal_state.value = journal.lost is not None
     metrics.journal_bytes.value = journal.size_bytes()
     metrics.ledger_queue.value = state.lsn - store.writer.applied
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait((task,))
 
 
 def _show_factors(metrics: Metrics, factors: Factors) -> None:

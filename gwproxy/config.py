@@ -298,6 +298,24 @@ def _token(raw: _Raw) -> Secret:
     return Secret(value)
 
 
+def _webhook(raw: _Raw) -> Secret:
+    """An address, which often is a secret too, so that it is not shown."""
+    value = _dereference(raw).strip()
+    cure = 'write an address such as "https://hooks.example/alerts"'
+    try:
+        parts = urlsplit(value)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise _Wrong("is not an address", cure) from None
+    if not host or port == 0 or not re.fullmatch(r"[\x21-\x7e]{1,2048}", value):
+        raise _Wrong("is not an address", cure)
+    if parts.scheme != "https" and not (parts.scheme == "http" and _is_loopback(value)):
+        raise _Wrong("must begin with https:// (http:// to this machine alone)", cure)
+    if parts.username is not None or parts.password is not None:
+        raise _Wrong("has a user name or password in it", "use alert_webhook_secret")
+    return Secret(value)
+
+
 def _optional_token(raw: _Raw) -> Secret | None:
     """None where its variable is not set: what a person's commands use, a server does without."""
     try:
@@ -547,9 +565,11 @@ class Breaker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quota:
-    """[quota]: what is assumed where a caller says nothing."""
+    """[quota]: what is assumed where a caller says nothing, and who hears that money runs out."""
 
     default_max_output_tokens: Annotated[int, _whole(1, 10_000_000)] = 4096
+    alert_webhook: Annotated[Secret | None, _webhook] = None
+    alert_webhook_secret: Annotated[Secret | None, _token] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -798,7 +818,7 @@ class _Reader:
             providers=MappingProxyType(providers),
             models=MappingProxyType(self._models(providers)),
             breaker=Breaker(**self._table("breaker")),
-            quota=Quota(**self._table("quota")),
+            quota=self._quota(),
             failure=Failure(**self._table("failure")),
             prices=self._prices(),
             storage=self._storage(),
@@ -1184,6 +1204,11 @@ class _Reader:
             if {"input", "output"} <= found.keys():
                 models[name] = Price(**found)
         return Prices(MappingProxyType(models))
+
+    def _quota(self) -> Quota:
+        quota = Quota(**self._table("quota"))
+        self._check_secret(quota.alert_webhook_secret, "quota", "alert_webhook_secret")
+        return quota
 
     def _storage(self) -> Storage:
         found = self._table("storage")

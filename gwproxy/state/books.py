@@ -73,6 +73,8 @@ class Books:
         self._outage = outage
         self._metrics = metrics
         self._log = log
+        self.alerted: Callable[[Alert], None] = _nobody
+        """Told of each alert that was recorded."""
         self._desk = Desk(ledger, keyring, accounts, count, durable, self._settled)
 
     # -- quote -------------------------------------------------------------------------------
@@ -333,17 +335,17 @@ class Books:
 
         def record() -> None:
             if (name, period, percent) not in ledger.state.alerts:
+                alert = Alert(
+                    **ledger.stamp(),
+                    account=name,
+                    period=period,
+                    percent=percent,
+                    spent=spent,
+                    limit=limit,
+                )
                 with contextlib.suppress(RecordUncertain):  # it counts
-                    ledger.post(
-                        Alert(
-                            **ledger.stamp(),
-                            account=name,
-                            period=period,
-                            percent=percent,
-                            spent=spent,
-                            limit=limit,
-                        )
-                    )
+                    ledger.post(alert)
+                self.alerted(alert)
                 self._log.event(
                     "warning",
                     "budget alert",
@@ -356,3 +358,7 @@ class Books:
                 self._metrics.budget_alert(name.partition(":")[0], percent).value += 1
 
         ledger.must(record)
+
+
+def _nobody(alert: Alert) -> None:
+    """Nobody wants to be told."""

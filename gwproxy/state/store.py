@@ -20,7 +20,7 @@ from gwproxy.core.errors import StorageUnavailable
 from gwproxy.core.identity import Below
 from gwproxy.core.ledger import BrokenLedger, Request, State, apply
 from gwproxy.core.period import rfc3339
-from gwproxy.core.records import Admin, Settle, Stop, decode
+from gwproxy.core.records import Admin, Alert, Settle, Stop, decode
 from gwproxy.log import Log
 from gwproxy.state.adjustments import Adjustments
 from gwproxy.state.archive import Archive
@@ -338,6 +338,14 @@ class Store:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 await self.writer.reached(self.ledger.state.lsn)
+
+    async def alerts_after(self, lsn: int, since_ms: int, most: int) -> list[Alert]:
+        """Those recorded by now, after a record and from a moment on, oldest first."""
+        now = self.ledger.state.lsn
+        await self.catch_up(within_s=CATCH_UP_S)
+        if self.writer.applied < now:
+            raise StorageUnavailable("The database does not have all of them yet.")
+        return await reports.alerts_after(self.database, lsn, since_ms, most)
 
     async def store_key_use(self) -> None:
         """Keep when each key was last used: no record, since losing it costs nothing."""

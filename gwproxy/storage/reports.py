@@ -8,7 +8,7 @@ from typing import Any, Final
 import msgspec
 
 from gwproxy.core.ledger import Request
-from gwproxy.core.records import Tried
+from gwproxy.core.records import Alert, Tried
 from gwproxy.storage.database import Database, Reader
 from gwproxy.storage.usage import SUMS
 
@@ -281,3 +281,26 @@ _BALANCES_AT: Final = f"""
         UNION ALL
         SELECT account, period, spent, credited, count, 0 FROM closed WHERE {_ENDED_MS} <= :at
     ) GROUP BY account, period ORDER BY account, period"""
+
+
+async def alerts_after(database: Database, lsn: int, since_ms: int, most: int) -> list[Alert]:
+    """The alerts after a record and from a moment on, oldest first."""
+    async with database.reader() as reader:
+        rows = await reader.read(
+            "SELECT lsn, t, account, period, percent, spent, budget FROM alert"
+            " WHERE lsn > ? AND t >= ? ORDER BY lsn LIMIT ?",
+            (lsn, since_ms, most),
+        )
+    return [
+        Alert(
+            lsn=row["lsn"],
+            t=row["t"],
+            synced=0,
+            account=row["account"],
+            period=row["period"],
+            percent=row["percent"],
+            spent=row["spent"],
+            limit=row["budget"],
+        )
+        for row in rows
+    ]
