@@ -164,7 +164,7 @@ class App:
 
         upstream = self._open_upstream(metrics)
         self._upstream = upstream
-        providers = build_providers(config, store, metrics, self.log)
+        providers = self._providers = build_providers(config, store, metrics, self.log)
         dispatch = self._build_dispatch(upstream, providers, metrics)
         factors = Factors()
         metrics.refresh.append(functools.partial(_show_factors, metrics, factors))
