@@ -48,7 +48,7 @@ def test_a_minted_key_has_the_promised_shape(kind):
     assert well_formed(key)
     parts = parse(key)
     assert (parts.kind, parts.public) == (kind, key[len(prefix) : len(prefix) + 8])
-    assert parts.key_id == "key_" + parts.public
+    assert parts.key_id == ("admin_" if kind is KeyKind.ADMIN else "key_") + parts.public
     assert parts.prefix == prefix + parts.public
     assert is_id(parts.key_id)
 

@@ -67,7 +67,8 @@ class MessagesMeter(Meter):
     def _observe_delta(self, index: object, delta: object) -> int:
         if type(delta) is not dict:
             return 0
-        field = _TEXTS.get(delta.get("type", ""))
+        kind = delta.get("type")
+        field = _TEXTS.get(kind) if type(kind) is str else None
         if field is None:
             return 0  # signatures and citations are not the model's own words
         at = index if type(index) is int else 0
