@@ -4,7 +4,7 @@ A route is one line of the plane's table. Its types are what checks the body and
 the OpenAPI document is made of; there is no second description.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -27,7 +27,7 @@ class Ask:
 class Answer:
     """What a handler made of it. `value` is the body, None for none."""
 
-    value: msgspec.Struct | None = None
+    value: msgspec.Struct | Mapping[str, Any] | None = None
     version: int | None = None
     """Of the row that is shown: its ETag."""
 
@@ -58,6 +58,11 @@ class Route:
     @property
     def writes(self) -> bool:
         return self.method != "GET"
+
+    @property
+    def repeatable(self) -> bool:
+        """It heeds `Idempotency-Key`."""
+        return self.method == "POST" and self.body is not None
 
 
 def etag(version: int) -> str:

@@ -44,7 +44,7 @@ Usd = Annotated[
         extra_json_schema={
             "anyOf": [
                 {"type": "string", "pattern": r"^[0-9]{1,9}(\.[0-9]{1,9})?$"},
-                {"type": "integer", "minimum": 0, "maximum": MAX_USD},
+                {"type": "number", "minimum": 0, "maximum": MAX_USD},
                 {"type": "null"},
             ]
         },
@@ -60,7 +60,7 @@ SomeUsd = Annotated[
         extra_json_schema={
             "anyOf": [
                 {"type": "string", "pattern": r"^[0-9]{0,8}[1-9](\.[0-9]{1,9})?$"},
-                {"type": "integer", "minimum": 1, "maximum": MAX_USD},
+                {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_USD},
             ]
         },
     ),
@@ -73,7 +73,7 @@ UsdRate = Annotated[
         extra_json_schema={
             "anyOf": [
                 {"type": "string", "pattern": r"^[0-9]{1,6}(\.[0-9]{1,6})?$"},
-                {"type": "integer", "minimum": 0, "maximum": MAX_USD_PER_MTOK},
+                {"type": "number", "minimum": 0, "maximum": MAX_USD_PER_MTOK},
             ]
         },
     ),
@@ -82,7 +82,14 @@ UsdRate = Annotated[
 Id = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": "^[A-Za-z0-9_-]{1,64}$"})]
 Text = Annotated[
     str,
-    msgspec.Meta(extra_json_schema={"minLength": 1, "maxLength": _TEXT_LIMIT_CHARS}),
+    msgspec.Meta(
+        description=f"1 to {_TEXT_LIMIT_CHARS} printable characters",
+        extra_json_schema={
+            "minLength": 1,
+            "maxLength": _TEXT_LIMIT_CHARS,
+            "pattern": r"^[^\u0000-\u001f\u007f-\u00a0]+$",
+        },
+    ),
 ]
 Email = Annotated[str, msgspec.Meta(extra_json_schema={"format": "email", "maxLength": 254})]
 

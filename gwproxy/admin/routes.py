@@ -14,6 +14,7 @@ from gwproxy.admin.audit import Audit
 from gwproxy.admin.auth import AdminAuth
 from gwproxy.admin.body import Page, Shown
 from gwproxy.admin.keys import CreatedKey, Key, KeyChange, KeyPage, Keys, NewKey, Rotation
+from gwproxy.admin.openapi import OpenApi
 from gwproxy.admin.organizations import (
     NewOrganization,
     Organization,
@@ -50,7 +51,7 @@ def routes(store: Store, providers: Providers | None = None) -> tuple[Route, ...
     """All that can be asked of the admin plane of `store`; None: of a plane that has no providers
     behind it."""
     usage = Usage(store)
-    return (
+    table = (
         *_of_users(Users(store.directory)),
         *_of_keys(Keys(store.directory)),
         *_of_organizations(Organizations(store.directory), Users(store.directory)),
@@ -60,6 +61,7 @@ def routes(store: Store, providers: Providers | None = None) -> tuple[Route, ...
         *Audit(store).routes(),
         *(() if providers is None else providers.routes()),
     )
+    return (*table, *OpenApi(table).routes)
 
 
 def _of_users(users: Users) -> tuple[Route, ...]:
@@ -250,7 +252,7 @@ def over_http(route: Route, auth: AdminAuth, intake: Intake, repeats: Repeats) -
         if route.body is not None:
             raw = await intake.read(request, bytes, optional=True)
             body = checked.decode(raw, route.body)
-            if route.method == "POST" and (key := request.headers.get("Idempotency-Key")):
+            if route.repeatable and (key := request.headers.get("Idempotency-Key")):
                 mark = once(author.actor, request.path, checked.idempotency_key(key), raw)
                 author = replace(author, once=mark)
                 if repeats.find(mark) is not None:
