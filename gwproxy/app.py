@@ -14,9 +14,10 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, TypedDict
 
 from aiohttp import web
 
@@ -24,10 +25,11 @@ from gwproxy import assets
 from gwproxy.admin.ask import Route as AdminRoute
 from gwproxy.admin.auth import AdminAuth
 from gwproxy.admin.health import Health
+from gwproxy.admin.process import Process
 from gwproxy.admin.providers import Providers as ProviderPlane
 from gwproxy.admin.routes import BODY_LIMIT_BYTES, over_http
 from gwproxy.admin.routes import routes as admin_routes
-from gwproxy.config import Config, Listen
+from gwproxy.config import Config, ConfigError, Listen
 from gwproxy.core import breaker as breakers
 from gwproxy.core.api import Api
 from gwproxy.core.chat import ChatRequest
@@ -95,11 +97,8 @@ class ListenFailed(OSError):
 class App:
     """A running gateway: `async with await App.start(config, log)`; `addresses` are open."""
 
-    def __init__(
-        self, config: Config, log: Log, counter: Counter | None, book: PriceBook | None
-    ) -> None:
-        self._counter = counter
-        self._book = book
+    def __init__(self, config: Config, log: Log, source: Callable[[], Config] | None) -> None:
+        self._source = source
         self.config = config
         self.log = log
         self.draining = False
@@ -111,6 +110,8 @@ class App:
         """On sockets that are not ours: their clients wait in the kernel for the next process."""
         self._listeners: list[Listener] = []
         self._fronts: list[Front] = []
+        self._providers: Providers | None = None
+        self._reload_wanted = asyncio.Event()
 
     # -- building ----------------------------------------------------------------------------
 
@@ -121,18 +122,22 @@ class App:
         log: Log,
         counter: Counter | None = None,
         book: PriceBook | None = None,
+        *,
+        source: Callable[[], Config] | None = None,
     ) -> "App":
         """`counter` and `book`, the prices without overrides, are for whoever starts several: to
-        load the vocabulary and the table takes most of a second."""
-        app = cls(config, log, counter, book)
+        load the vocabulary and the table takes most of a second. `source` reads the configuration
+        anew."""
+        app = cls(config, log, source)
         try:
-            await app._build()
+            await app._build(counter or choose_counter(assets.ranks()), book)
         except BaseException:
             await app._clean_up()
             raise
         return app
 
-    async def _build(self) -> None:
+    async def _build(self, counter: Counter, book: PriceBook | None) -> None:
+        """All that lasts as long as the process."""
         config = self.config
         for warning in config.warnings:
             self.log.event("warning", "configuration", message=warning)
@@ -144,11 +149,8 @@ class App:
             )
         if config.admin.key is None:
             self.log.event("info", "admin key not set: the bootstrap key is off")
-        counter = self._counter or choose_counter(assets.ranks())
-        overrides = {name: price.row() for name, price in config.prices.models.items()}
-        prices = (self._book or PriceBook(assets.prices())).with_overrides(overrides)
-        routes = build_routes(config, prices)
-        metrics = Metrics(*_labels(routes, prices))
+        self._book = book or PriceBook(assets.prices())
+        metrics = self._metrics = Metrics()
         if isinstance(counter, ByteEstimate):
             metrics.tokenizer_fallback.value = 1
             self.log.event("error", "tokenizer failed: tokens are estimated", fault=counter.fault)
@@ -159,22 +161,18 @@ class App:
         store = self._store = await Store.open(kept(config), group, self.log)
         self._cleanups.append(store.close)
         self._cleanups.append(self._store_key_use)
-        keyring, ledger = store.keyring, store.ledger
         store.writer.committed = metrics.ledger_commit.observe
 
-        upstream = self._open_upstream(metrics)
-        self._upstream = upstream
-        providers = self._providers = build_providers(config, store, metrics, self.log)
-        dispatch = self._build_dispatch(upstream, providers, metrics)
+        self._upstream = self._open_upstream(metrics)
         factors = Factors()
         metrics.refresh.append(functools.partial(_show_factors, metrics, factors))
-        accounts = Accounts(keyring, terms(config))
+        accounts = self._accounts = Accounts(store.keyring, terms(config))
         metrics.refresh.append(functools.partial(_show_ledger, metrics, store, accounts))
-        books = Books(
-            ledger,
-            keyring,
+        self._books = Books(
+            store.ledger,
+            store.keyring,
             accounts,
-            prices,
+            self._book,
             Rates(time.monotonic),
             OutputLengths(),
             factors,
@@ -184,7 +182,33 @@ class App:
             metrics=metrics,
             log=self.log,
         )
-        self._tell_alerts(store, books)
+        self._tell_alerts(store, self._books)
+        public, admin = self._configured(config)
+        ids = request_ids(secrets.token_hex(8))
+        await self._listen(config.server.listen, public, ids, metrics)
+        if config.admin.listen is not None:
+            await self._listen(config.admin.listen, admin, ids, metrics)
+
+    def _configured(self, config: Config) -> tuple[list[Route], list[Route]]:
+        """What follows from the configuration, and may be made anew while requests are under way:
+        the routes of the public listener, and those of the admin plane's own.
+
+        Who is being served goes on with what he began with.
+        """
+        store, accounts, books, metrics = self._store, self._accounts, self._books, self._metrics
+        keyring, ledger = store.keyring, store.ledger
+        overrides = {name: price.row() for name, price in config.prices.models.items()}
+        prices = self._book.with_overrides(overrides)
+        routes = build_routes(config, prices)
+        metrics.know(*_labels(routes, prices))
+        accounts.terms = terms(config)
+        books.reprice(prices)
+        if self._providers is None:
+            self._providers = build_providers(config, store, metrics, self.log)
+        else:
+            self._providers.configure(**_of_providers(config))
+        providers = self._providers
+        dispatch = self._build_dispatch(config, providers)
         intake = Intake(
             max_body_bytes=config.limits.max_body_bytes,
             body_timeout_s=config.limits.body_timeout_s,
@@ -263,20 +287,17 @@ class App:
                 guard=admins_only,
                 identified=True,
             )
-            for each in admin_routes(store, ProviderPlane(providers, accounts, ledger))
+            for each in (
+                *admin_routes(store, ProviderPlane(providers, accounts, ledger)),
+                *Process(self.reload, store.back_up).routes(),
+            )
         ]
         scrape_guard = None
         if config.admin.listen is None and not config.metrics.open:
             scrape_guard = admins_only
         scrape = Route("GET", "/metrics", health.metrics, "metrics", guard=scrape_guard)
-
-        ids = request_ids(secrets.token_hex(8))
-        if config.admin.listen is None:
-            public += [*checks, *admin, scrape]
-            await self._listen(config.server.listen, public, ids, metrics)
-        else:
-            await self._listen(config.server.listen, [*public, *checks], ids, metrics)
-            await self._listen(config.admin.listen, [*checks, *admin, scrape], ids, metrics)
+        inside = [*checks, *admin, scrape]
+        return [*public, *(inside if config.admin.listen is None else checks)], inside
 
     def _tell_alerts(self, store: Store, books: Books) -> None:
         quota = self.config.quota
@@ -317,10 +338,8 @@ class App:
         self._cleanups.append(upstream.close)
         return upstream
 
-    def _build_dispatch(
-        self, upstream: Upstream, providers: Providers, metrics: Metrics
-    ) -> Dispatch:
-        config = self.config
+    def _build_dispatch(self, config: Config, providers: Providers) -> Dispatch:
+        upstream = self._upstream
         endpoints = {
             name: Endpoint.build(
                 upstream,
@@ -351,7 +370,7 @@ class App:
             providers=providers,
             patience=patience,
             retries=config.upstream.retries,
-            metrics=metrics,
+            metrics=self._metrics,
             log=self.log,
         )
 
@@ -408,9 +427,26 @@ class App:
     async def run(self, stopping: asyncio.Event) -> None:
         """Background work until `stopping` is set."""
         async with asyncio.TaskGroup() as group:
-            storing = group.create_task(self._keep_storing_key_use())
+            tasks = [
+                group.create_task(self._keep_storing_key_use()),
+                group.create_task(self._keep_reloading()),
+            ]
             await stopping.wait()
-            storing.cancel()
+            for task in tasks:
+                task.cancel()
+
+    def ask_to_reload(self) -> None:
+        """From a signal, which nobody waits for: what came of it is in the log."""
+        self._reload_wanted.set()
+
+    async def _keep_reloading(self) -> None:
+        while True:
+            await self._reload_wanted.wait()
+            self._reload_wanted.clear()
+            try:
+                await self.reload()
+            except ConfigError as error:
+                self.log.event("error", "configuration not reloaded", message=str(error))
 
     async def _keep_storing_key_use(self) -> None:
         while True:
@@ -436,8 +472,35 @@ class App:
             words += ", database lost"
         return words
 
-    async def stop(self) -> None:
-        """Refuse what is new, let streams finish for `drain_s`, end the rest and settle it."""
+    async def reload(self) -> list[str]:
+        """Take the configuration as it is now, in one step; the settings that wait for a restart.
+
+        ConfigError, and nothing has changed.
+        """
+        assert self._source is not None, "there is nowhere to read it from"
+        found = await asyncio.to_thread(self._source)
+        config = _as_started(found, self.config)
+        waiting = [name for name, value in _fixed(found).items() if value != _fixed(config)[name]]
+        public, admin = self._configured(config)
+        for front, routes in zip(self._fronts, (public, admin), strict=False):
+            front.router = Router(routes)
+            front.max_header_bytes = config.limits.max_header_bytes
+        for listener in self._listeners:
+            listener.max_connections = config.limits.max_connections
+            listener.header_timeout_s = config.limits.header_timeout_s
+            listener.keepalive_timeout_s = config.limits.keepalive_timeout_s
+        self.log.set_level(config.log.level)
+        self.config = config
+        for warning in config.warnings:
+            self.log.event("warning", "configuration", message=warning)
+        self.log.event("info", "configuration reloaded", needs_restart=waiting)
+        return waiting
+
+    async def stop(self) -> list[str]:
+        """Refuse what is new, let streams finish for `drain_s`, end the rest and settle it.
+
+        The ids of requests whose settlement could not be recorded: the next start settles them.
+        """
         self.draining = True
         for front in self._fronts:
             front.drain()
@@ -454,6 +517,7 @@ class App:
         for listener in self._listeners:
             await listener.shutdown(0.5)
         await self._clean_up()
+        return self._store.unsettled
 
     async def _drained(self, within_s: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -472,15 +536,22 @@ class App:
 
 
 async def serve(
-    config: Config, log: Log, announce: Callable[[list[str]], None], notify: Notify
-) -> None:
-    """Run until SIGTERM or SIGINT. `announce` is called with the addresses once they are open."""
+    source: Callable[[], Config],
+    config: Config,
+    log: Log,
+    announce: Callable[[list[str]], None],
+    notify: Notify,
+) -> list[str]:
+    """Run until SIGTERM or SIGINT; `source` reads the configuration anew, on SIGHUP. `announce` is
+    called with the addresses once they are open. See `App.stop` for what is returned.
+    """
     capture_libraries(log)
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    app = await App.start(config, log)
+    app = await App.start(config, log, source=source)
+    loop.add_signal_handler(signal.SIGHUP, app.ask_to_reload)
     # What was built so far lives as long as the process: the collector need not walk it again.
     gc.collect()
     gc.freeze()
@@ -492,11 +563,15 @@ async def serve(
     async with asyncio.TaskGroup() as group:
         beating = group.create_task(_keep_telling(notify, app))
         await app.run(stopping)
-        log.event("info", "stopping", drain_s=config.server.drain_s)
-        notify.stopping(f"draining: {app.status}", config.server.drain_s + STOP_AT_MOST_S)
-        await app.stop()
+        drain_s = app.config.server.drain_s
+        log.event("info", "stopping", drain_s=drain_s)
+        notify.stopping(f"draining: {app.status}", drain_s + STOP_AT_MOST_S)
+        unsettled = await app.stop()
         beating.cancel()
+    if unsettled:
+        log.event("error", "not settled: the next start does it", requests=unsettled)
     log.event("info", "stopped")
+    return unsettled
 
 
 async def _keep_telling(notify: Notify, app: App) -> None:
@@ -546,26 +621,41 @@ def build_routes(config: Config, prices: PriceBook) -> Routes:
 
 def build_providers(config: Config, store: Store, metrics: Metrics, log: Log) -> Providers:
     """How the providers stand, from what was recorded of them and what is configured."""
-    upstream, breaker = config.upstream, config.breaker
-    as_openai = upstream.flavour == "openai"
     return Providers(
         store.ledger,
         time.monotonic,
-        names=[*config.providers, *([PASSTHROUGH] if as_openai else [])],
-        known=() if as_openai else CATALOGUE.values(),
-        terms=breakers.Terms(
-            failure_threshold=breaker.failure_threshold,
-            success_threshold=breaker.success_threshold,
-            open_s=breaker.open_timeout_ms / 1000,
-            probe_s=upstream.connect_timeout_s + upstream.first_byte_timeout_s,
-        ),
-        rpm={name: each.rpm for name, each in config.providers.items() if each.rpm is not None},
-        ceiling=upstream.rpm_ceiling,
+        **_of_providers(config),
         draw=random.random,
         durable=store.durable,
         metrics=metrics,
         log=log,
     )
+
+
+class _OfProviders(TypedDict):
+    names: Iterable[str]
+    known: Iterable[str]
+    terms: breakers.Terms
+    rpm: Mapping[str, int]
+    ceiling: int | None
+
+
+def _of_providers(config: Config) -> _OfProviders:
+    """What the configuration says about the providers' breakers and rates."""
+    upstream, breaker = config.upstream, config.breaker
+    as_openai = upstream.flavour == "openai"
+    return {
+        "names": [*config.providers, *([PASSTHROUGH] if as_openai else [])],
+        "known": () if as_openai else CATALOGUE.values(),
+        "terms": breakers.Terms(
+            failure_threshold=breaker.failure_threshold,
+            success_threshold=breaker.success_threshold,
+            open_s=breaker.open_timeout_ms / 1000,
+            probe_s=upstream.connect_timeout_s + upstream.first_byte_timeout_s,
+        ),
+        "rpm": {name: each.rpm for name, each in config.providers.items() if each.rpm is not None},
+        "ceiling": upstream.rpm_ceiling,
+    }
 
 
 def admin_plane(config: Config, store: Store, log: Log) -> tuple[AdminRoute, ...]:
@@ -574,6 +664,35 @@ def admin_plane(config: Config, store: Store, log: Log) -> tuple[AdminRoute, ...
     providers = build_providers(config, store, metrics, log)
     accounts = Accounts(store.keyring, terms(config))
     return admin_routes(store, ProviderPlane(providers, accounts, store.ledger))
+
+
+def _fixed(config: Config) -> dict[str, object]:
+    """What cannot change while the process runs."""
+    return {
+        "[server] listen": config.server.listen,
+        "[admin] listen": config.admin.listen,
+        "[upstream] connect_timeout_s": config.upstream.connect_timeout_s,
+        "[upstream] idle_connection_s": config.upstream.idle_connection_s,
+        "[upstream] ca_file": config.upstream.ca_file,
+        "[storage]": config.storage,
+    }
+
+
+def _as_started(found: Config, started: Config) -> Config:
+    """The configuration that was found, with what cannot change as it was at the start."""
+    upstream = replace(
+        found.upstream,
+        connect_timeout_s=started.upstream.connect_timeout_s,
+        idle_connection_s=started.upstream.idle_connection_s,
+        ca_file=started.upstream.ca_file,
+    )
+    return replace(
+        found,
+        server=replace(found.server, listen=started.server.listen),
+        admin=replace(found.admin, listen=started.admin.listen),
+        upstream=upstream,
+        storage=started.storage,
+    )
 
 
 def kept(config: Config) -> Kept:

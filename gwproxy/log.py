@@ -37,6 +37,10 @@ class Log:
         self._stopping = False
         self._thread: threading.Thread | None = None
 
+    def set_level(self, level: str) -> None:
+        self._threshold = LEVELS[level]
+        self.debugging = level == "debug"
+
     def event(self, level: str, event: str, **fields: Any) -> None:
         """Queue one line. `fields` are plain values: text, numbers, lists and dicts of them."""
         if LEVELS[level] >= self._threshold:

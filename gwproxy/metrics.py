@@ -143,7 +143,9 @@ class Metrics:
     some labels, bounding what a caller has a say in.
     """
 
-    def __init__(self, providers: frozenset[str], models: frozenset[str]) -> None:
+    def __init__(
+        self, providers: frozenset[str] = frozenset(), models: frozenset[str] = frozenset()
+    ) -> None:
         self._providers = providers
         self._models = models
         self._model_labels: set[str] = set()
@@ -291,6 +293,11 @@ class Metrics:
 
         self.refresh: list[Callable[[], None]] = []
         """Called before each scrape, by those whose gauges are cheaper read than kept."""
+
+    def know(self, providers: frozenset[str], models: frozenset[str]) -> None:
+        """These may become labels too: names that once were labels stay."""
+        self._providers |= providers
+        self._models |= models
 
     # -- children ----------------------------------------------------------------------------
 

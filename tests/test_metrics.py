@@ -352,6 +352,9 @@ async def test_a_running_gateway_is_scraped_by_those_who_may(front: Front) -> No
         answer = await front.chat(body)
         assert answer.status == 200
         await answer.read()
+    assert front.gateway.app is not None
+    writer = front.gateway.app._store.writer
+    await until(lambda: writer.applied >= 4, 10)  # a moment behind
     assert (await front.client.get("/metrics")).status == 401
     app = front.gateway.app
     assert app is not None

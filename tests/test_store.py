@@ -79,8 +79,7 @@ async def test_a_database_that_is_lost_is_made_again_from_the_journal(
 async def back_up(folder: Path) -> None:
     """A backup, and the journal cut to what is behind it."""
     async with opened(at(folder), Log(io.StringIO(), "error"), files=Disk()) as store:
-        mark = await store._backups.make(store.database)
-        await store._upkeep.drop(mark.lsn)
+        await store.back_up()
         assert store.journal.trail().segments[0].first_lsn > 1
 
 

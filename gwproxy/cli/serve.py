@@ -8,7 +8,7 @@ import uvloop
 
 from gwproxy.app import serve
 from gwproxy.assets import AssetError
-from gwproxy.config import ConfigError, find_config, load
+from gwproxy.config import Config, ConfigError, find_config, load
 from gwproxy.core.routing import CATALOGUE
 from gwproxy.log import Log
 from gwproxy.notify import Notify
@@ -25,7 +25,8 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
         "serve",
         help="run the gateway",
         description="Runs in the foreground, logs JSON lines to stderr, prints its addresses "
-        "on one line of stdout when it is ready. SIGTERM drains and stops it.",
+        "on one line of stdout when it is ready. SIGTERM drains and stops it, SIGHUP reads the "
+        "configuration anew.",
     )
     parser.add_argument("--config", metavar="FILE", help="default: $GWPROXY_CONFIG, ./config.toml")
     parser.set_defaults(func=run)
@@ -34,8 +35,12 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
 def run(args: argparse.Namespace) -> int:
     # Database, sockets and whatever else is made: for this user alone.
     os.umask(0o077)
+
+    def source() -> Config:
+        return load(find_config(args.config, os.environ), os.environ, catalogue=CATALOGUE)
+
     try:
-        config = load(find_config(args.config, os.environ), os.environ, catalogue=CATALOGUE)
+        config = source()
     except ConfigError as error:
         print(error, file=sys.stderr)
         return WRONG_CONFIGURATION
@@ -43,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     log.start()
     notify = Notify(os.environ, os.getpid())
     try:
-        uvloop.run(serve(config, log, _announce, notify))
+        unsettled = uvloop.run(serve(source, config, log, _announce, notify))
     except (DatabaseRefused, JournalRefused, AssetError) as error:
         print(f"gwproxy: {error}", file=sys.stderr)
         return FAILED
@@ -53,6 +58,13 @@ def run(args: argparse.Namespace) -> int:
     finally:
         notify.close()
         log.stop()
+    if unsettled:
+        print(
+            "gwproxy: the journal could not be written at the end. The next start settles: "
+            f"{', '.join(unsettled)}",
+            file=sys.stderr,
+        )
+        return FAILED
     return FINE
 
 

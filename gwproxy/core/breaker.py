@@ -70,17 +70,17 @@ class Breaker:
 
     __slots__ = (
         "_opened_at",
-        "_terms",
         "broken",
         "failures",
         "number",
         "state",
         "successes",
+        "terms",
         "until",
     )
 
     def __init__(self, terms: Terms) -> None:
-        self._terms = terms
+        self.terms = terms
         self.state = State.CLOSED
         self.number = 0
         """Under which whoever is let in now goes; of a half-open one, its last probe's."""
@@ -110,7 +110,7 @@ class Breaker:
             return None
         self._on(Event.DUE)
         self.number += 1
-        self.until = now + self._terms.probe_s
+        self.until = now + self.terms.probe_s
         return self.number
 
     def wait_s(self, now: float) -> float | None:
@@ -195,12 +195,12 @@ class Breaker:
         return True
 
     def _open_at_last(self, count: int, now: float, draw: float) -> None:
-        if count >= self._terms.failure_threshold:
+        if count >= self.terms.failure_threshold:
             self._on(Event.FAILED_ENOUGH)
             self._open(now, draw)
 
     def _open(self, now: float, draw: float) -> None:
-        self.until = now + self._terms.open_s * (1 - JITTER * draw)
+        self.until = now + self.terms.open_s * (1 - JITTER * draw)
         self._opened_at = self.number
 
     def _probe_succeeded(self, number: int) -> None:
@@ -208,7 +208,7 @@ class Breaker:
             return
         self.successes += 1
         self.left(number)
-        if self.successes >= self._terms.success_threshold:
+        if self.successes >= self.terms.success_threshold:
             self._on(Event.SUCCEEDED_ENOUGH)
             self._close()
 

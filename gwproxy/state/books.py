@@ -77,6 +77,11 @@ class Books:
         """Told of each alert that was recorded."""
         self._desk = Desk(ledger, keyring, accounts, count, durable, self._settled)
 
+    def reprice(self, prices: PriceBook) -> None:
+        """These prices hold for quotes from here on."""
+        self._prices = prices
+        self._books_of.clear()
+
     # -- quote -------------------------------------------------------------------------------
 
     async def quote(

@@ -69,13 +69,18 @@ class Standing:
         self.name = name
         self.successes = successes
         self.breaker = Breaker(terms)
-        self.rpm = rpm
-        self.requests: Window | None = None if rpm is None else Window()
+        self.requests: Window | None = None
+        self.limit(rpm)
         self.recent = 0
         """The last attempts, one bit each, the newest lowest: 1 is one that failed."""
         self.seen = 0
         """Attempts that are told by `recent`, and all before them."""
         self.latency_s = 0.0
+
+    def limit(self, rpm: int | None) -> None:
+        """To so many requests a minute."""
+        self.rpm = rpm
+        self.requests = None if rpm is None else self.requests or Window()
 
     def count(self, failed: bool) -> None:
         self.recent = (self.recent << 1 | failed) & _RECENT_MASK
@@ -178,17 +183,34 @@ class Providers:
         seconds, `draw` numbers from [0, 1). `ceiling` is of requests a minute over all."""
         self.now = now
         self.draw = draw
-        self._known = frozenset(known)
         self._ledger = ledger
-        self._terms = terms
-        self._rpm = rpm
-        self._ceiling = ceiling
-        self._requests: Window | None = None if ceiling is None else Window()
+        self._requests: Window | None = None
         self._durable = durable
         self._metrics = metrics
         self._log = log
         self._standings: dict[str, Standing] = {}
-        for name in (*names, *(self._known & ledger.state.breakers.keys())):
+        self.configure(names=names, known=known, terms=terms, rpm=rpm, ceiling=ceiling)
+
+    def configure(
+        self,
+        *,
+        names: Iterable[str],
+        known: Iterable[str],
+        terms: breakers.Terms,
+        rpm: Mapping[str, int],
+        ceiling: int | None,
+    ) -> None:
+        """This holds from here on. How a provider stands, and what was asked of it in the last
+        minute, stays."""
+        self._known = frozenset(known)
+        self._terms = terms
+        self._rpm = rpm
+        self._ceiling = ceiling
+        self._requests = None if ceiling is None else self._requests or Window()
+        for standing in self._standings.values():
+            standing.breaker.terms = terms
+            standing.limit(rpm.get(standing.name))
+        for name in (*names, *(self._known & self._ledger.state.breakers.keys())):
             self.of(name)
 
     def of(self, name: str) -> Standing:

@@ -145,9 +145,12 @@ class Store:
         self._upkeep = upkeep
         self._backups = backups
         self._log = log
+        self._backing_up = asyncio.Lock()
         self._stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._closed = False
+        self.unsettled: list[str] = []
+        """After its close: requests whose settlement could not be recorded."""
         self.writer = Writer(
             database,
             journal,
@@ -353,19 +356,24 @@ class Store:
         if uses and not await storage.update_uses(self.database, uses):
             self.keyring.not_stored(uses)
 
+    async def back_up(self) -> tuple[str, Mark]:
+        """Back the database up, and let go of the journal that it covers. BackupRefused."""
+        async with self._backing_up:
+            file, mark = await self._backups.make(self.database)
+        self._log.event("info", "backed up", lsn=mark.lsn)
+        await self._upkeep.drop(self._backups.covered(self.writer.applied))
+        return str(file), mark
+
     async def _keep_backups(self) -> None:
-        """Back the database up when that is due, and let go of the journal that it covers."""
+        """Back the database up when that is due."""
         while True:
             await asyncio.sleep(BACKUP_LOOK_S)
             if self.lost or not self._backups.due(time.time(), self.journal.size_bytes()):
                 continue
             try:
-                mark = await self._backups.make(self.database)
+                await self.back_up()
             except BackupRefused as error:
                 self._log.event("error", "no backup", message=str(error))
-                continue
-            self._log.event("info", "backed up", lsn=mark.lsn)
-            await self._upkeep.drop(self._backups.covered(self.writer.applied))
 
     async def _keep_paying(self) -> None:
         """Record what is owed as soon as the journal takes it, also while nobody asks for more."""
@@ -412,8 +420,11 @@ class Store:
             task.cancel()
         with contextlib.suppress(StorageUnavailable, OSError):
             self.ledger.pay()
-            self.ledger.post(Stop(**self.ledger.stamp()))
             await self._upkeep.sync()
+            if not self.ledger.state.holds:
+                self.ledger.post(Stop(**self.ledger.stamp()))
+                await self._upkeep.sync()
+        self.unsettled = [hold.reserve.id for hold in self.ledger.state.holds.values()]
         self._stopping.set()
         self.writer.wake()
         try:

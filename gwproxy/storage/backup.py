@@ -179,7 +179,7 @@ class Backups:
             return True
         return 0 < self._every_s <= age_s
 
-    async def make(self, database: Database) -> Mark:
+    async def make(self, database: Database) -> tuple[Path, Mark]:
         """Make one, and remove the oldest of those that are too many. BackupRefused."""
 
         def name(mark: Mark) -> Path:
@@ -189,7 +189,7 @@ class Backups:
         for file in self._files()[self._keep :]:
             with suppress(OSError):
                 file.unlink()
-        return mark
+        return name(mark), mark
 
     def newest(self) -> tuple[Path, Mark] | None:
         """The newest one and up to where it goes. It was found good when it was made."""

@@ -252,13 +252,13 @@ class PlayedBackups:
     def due(self, now: float, journal_bytes: int) -> bool:
         return not self._file.backups or self._file.random.random() < 0.5
 
-    async def make(self, database: PlayedDatabase) -> Mark:
+    async def make(self, database: PlayedDatabase) -> tuple[str, Mark]:
         file = self._file
         database.enter()
         if file.fault is not None or file.foreign:
             raise BackupRefused(f"no backup was made: {file.fault}")
         file.backups = [*file.backups, file.image][-3:]
-        return mark_in(file.image)
+        return "an image", mark_in(file.image)
 
     def covered(self, applied_lsn: int) -> int:
         """Up to which record both the newest backup and the database go."""
