@@ -25,6 +25,7 @@ from gwproxy.admin.organizations import (
 )
 from gwproxy.admin.providers import Providers
 from gwproxy.admin.quota import Quota
+from gwproxy.admin.reconcile import Reconciliation
 from gwproxy.admin.usage import Usage
 from gwproxy.admin.users import (
     MemberQuery,
@@ -60,6 +61,7 @@ def routes(store: Store, providers: Providers | None = None) -> tuple[Route, ...
         *Quota(store, usage).routes(),
         *Audit(store).routes(),
         *(() if providers is None else providers.routes()),
+        *Reconciliation(store).routes(),
     )
     return (*table, *OpenApi(table).routes)
 

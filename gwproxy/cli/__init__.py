@@ -21,6 +21,7 @@ FAMILIES: Final[Mapping[str, str]] = {
     "ledger": "ledger",
     "doctor": "doctor",
     "cloudflare": "cloudflare",
+    "reconcile": "reconcile",
 }
 """Each command and the module of this package that has it, in the order of the help text."""
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
+import orjson
 
 from gwproxy.core.ledger import Request
 from gwproxy.core.records import Alert, Tried
@@ -22,6 +23,44 @@ async def find_request(database: Database, request_id: str) -> Request | None:
     async with database.reader() as reader:
         rows = await reader.read("SELECT * FROM request WHERE id = ?", (request_id,))
     return _request(dict(rows[0])) if rows else None
+
+
+# -- what was charged ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Charged:
+    """A settled request as it stands with its corrections: `cost` has them in it."""
+
+    lsn: int
+    t: int
+    period: str
+    id: str
+    key_id: str
+    user_id: str
+    org_id: str
+    provider: str
+    cost: int
+    corrections: int
+
+
+async def charged(database: Database, request_ids: Sequence[str]) -> dict[str, Charged]:
+    """The settled ones of these requests, by their ids; none of a month that was closed."""
+    async with database.reader() as reader:
+        rows = await reader.read(_CHARGED, (orjson.dumps(list(request_ids)).decode(),))
+    return {row["id"]: Charged(**dict(row)) for row in rows}
+
+
+_CHARGED: Final = """
+    SELECT request.lsn, request.t, request.period, id, key_id, user_id, org_id, provider,
+        cost + coalesce(sum(amount), 0) AS cost, count(amount) AS corrections
+    FROM request LEFT JOIN entry ON type = 'reconcile' AND reservation = request.lsn
+        AND account = 'key:' || key_id
+    WHERE id IN (SELECT value FROM json_each(?)) AND settled_at IS NOT NULL AND outcome <> 'void'
+        AND NOT EXISTS (
+            SELECT 1 FROM closed
+            WHERE closed.account = 'key:' || key_id AND closed.period = request.period)
+    GROUP BY request.lsn"""
 
 
 # -- what was used -------------------------------------------------------------------------------
