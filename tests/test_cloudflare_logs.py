@@ -103,11 +103,10 @@ async def test_a_failure_costs_nothing_that_was_fetched(
         with pytest.raises(Refused, match="does not know the token"):
             await bring_in()
         assert 0 < bring_in.kept.count_theirs() < 6_000
-        before = pages(demo)
         demo.clear()
         demo.management.logs.plant(rows(6_000))
         fetched = await bring_in()
-        assert pages(demo) < before  # it went on where it had stopped
+        assert pages(demo) < 100  # of 120 and more: it went on where it had stopped
     else:
         fetched = await bring_in()
     assert bring_in.kept.count_theirs() == 6_000
