@@ -40,6 +40,7 @@ from gwproxy.core.learned import Factors, OutputLengths
 from gwproxy.core.messages import MessagesRequest
 from gwproxy.core.money import NANOS_PER_USD
 from gwproxy.core.pricing import PriceBook
+from gwproxy.core.responses import ResponsesRequest
 from gwproxy.core.routing import CATALOGUE, OPENAI, Link, Provider, Routes, max_tokens_field
 from gwproxy.core.tokens import ByteEstimate, Counter, choose_counter
 from gwproxy.intake import Intake
@@ -72,6 +73,7 @@ PASSTHROUGH: Final = "upstream"
 PARSERS: Final[Mapping[Api, Parse]] = {
     Api.CHAT: lambda raw, allowed, headers: ChatRequest.parse(raw, allowed),
     Api.EMBEDDINGS: lambda raw, allowed, headers: EmbeddingsRequest.parse(raw, allowed),
+    Api.RESPONSES: lambda raw, allowed, headers: ResponsesRequest.parse(raw, allowed),
     Api.MESSAGES: lambda raw, allowed, headers: MessagesRequest.parse(
         raw, allowed, headers.get("anthropic-version"), headers.getall("anthropic-beta", ())
     ),

@@ -16,6 +16,7 @@ from gwproxy.core.request import (
     OTHERS_STATE,
     UNBOUNDED,
     ModelRequest,
+    cache_options,
     count_of,
     flag_of,
     lasts,
@@ -41,6 +42,7 @@ _WATCHED = frozenset(
         "tools",
         "extra_body",
         "cache_control",
+        "prompt_cache_options",
     }
 )
 """Fields that may ask for more than tokens in and out; a body without them is not looked into."""
@@ -204,6 +206,7 @@ def _unpriced(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "modalities", "audio"
     if body.get("background"):
         yield "background", "background"
+    yield from cache_options(body)
     tools = body.get("tools")
     if tools is not None:
         if not isinstance(tools, list):

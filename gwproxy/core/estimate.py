@@ -151,10 +151,12 @@ def text_alone(body: Mapping[str, Any], form: Form = CHAT) -> bool:
     says nothing of how many tokens a provider makes of a text."""
     messages = body.get(form.turns)
     return (
-        type(messages) is list
-        and all(type(one) is dict and type(one.get("content")) is str for one in messages)
-        and not any(body.get(field) for field in form.schemas)
-    )
+        type(messages) is str
+        or (
+            type(messages) is list
+            and all(type(one) is dict and type(one.get("content")) is str for one in messages)
+        )
+    ) and (not any(body.get(field) for field in form.schemas))
 
 
 def _prompt(body: Mapping[str, Any], form: Form) -> Iterator[str | int]:
@@ -166,6 +168,8 @@ def _prompt(body: Mapping[str, Any], form: Form) -> Iterator[str | int]:
             if type(message) is dict and message.get("name"):
                 yield _NAME_TOKENS
             yield from _words(message)
+    elif type(messages) is str:
+        yield messages
     for field in form.schemas:
         schema = body.get(field)
         if schema:

@@ -16,6 +16,7 @@ from gwproxy.core.request import (
     OTHER_PRICE,
     OTHERS_STATE,
     UNBOUNDED,
+    UNKNOWN_LENGTH,
     ModelRequest,
     count_of,
     flag_of,
@@ -79,8 +80,6 @@ _WATCHED = frozenset(
     }
 )
 """Fields that may ask for more than tokens in and out; a body without them is not looked into."""
-
-_UNKNOWN_LENGTH = "its length is unknown before it is fetched; send it as base64"
 
 
 class MessagesRequest(ModelRequest, frozen=True):
@@ -191,7 +190,7 @@ def _check_block(block: Any, name: str, allowed: frozenset[str]) -> None:
         if source.get("type") == "file" or source.get("file_id") is not None:
             raise unsupported(f"{name}.source.file_id", ELSEWHERE)
         if kind == "document" and source.get("type") == "url":
-            raise unsupported(f"{name}.source.url", _UNKNOWN_LENGTH)
+            raise unsupported(f"{name}.source.url", UNKNOWN_LENGTH)
         _check_content(source.get("content"), f"{name}.source.content", allowed)
     if isinstance(block.get("content"), list):
         _check_content(block["content"], f"{name}.content", allowed)

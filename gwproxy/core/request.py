@@ -4,7 +4,7 @@ Pure. What is sent upstream is what was parsed and priced: the body is written a
 object, so that a duplicate key or an odd encoding can hide nothing.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, ClassVar
 
 import msgspec
@@ -29,6 +29,7 @@ OTHERS_STATE = ("previous_response_id", "conversation", "prompt", "item_referenc
 OTHER_PRICE = "only a cache of 5 minutes has a price"
 ELSEWHERE = "it points at state outside this request"
 UNBOUNDED = "its cost cannot be bounded"
+UNKNOWN_LENGTH = "its length is unknown before it is fetched; send it as base64"
 
 _DEEPEST = 254
 
@@ -186,6 +187,19 @@ def lasts(holder: Mapping[str, Any]) -> bool:
     that of 5 minutes, 1.25 times."""
     control = holder.get("cache_control")
     return isinstance(control, dict) and control.get("ttl") not in (None, "5m")
+
+
+def cache_options(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What OpenAI's cache is asked for beyond its usual half hour: (the field, the feature).
+
+    A comparison with an earlier response is refused: it may be another tenant's.
+    """
+    options = body.get("prompt_cache_options")
+    if isinstance(options, dict):
+        if options.get("comparison_response_id") is not None:
+            raise unsupported("prompt_cache_options.comparison_response_id", ELSEWHERE)
+        if options.get("ttl") not in (None, "30m"):
+            yield "prompt_cache_options.ttl", "cache_12h"
 
 
 def one_of(value: Any, words: frozenset[str]) -> bool:

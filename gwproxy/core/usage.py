@@ -98,6 +98,21 @@ class Usage(msgspec.Struct, frozen=True):
         return cls(prompt - read - write, read, write, output, min(reasoning, output))
 
     @classmethod
+    def from_responses(cls, reported: object) -> "Usage | None":
+        """Normalise the `usage` object of OpenAI's Responses: chat's in other words."""
+        if type(reported) is not dict:
+            return None
+        return cls.from_openai(
+            {
+                "prompt_tokens": reported.get("input_tokens"),
+                "completion_tokens": reported.get("output_tokens"),
+                "total_tokens": reported.get("total_tokens"),
+                "prompt_tokens_details": reported.get("input_tokens_details"),
+                "completion_tokens_details": reported.get("output_tokens_details"),
+            }
+        )
+
+    @classmethod
     def from_messages(cls, reported: object) -> "Usage | None":
         """Normalise the `usage` object of Anthropic's API, whose input leaves out what was read
         from its cache or written to it."""
