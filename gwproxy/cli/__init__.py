@@ -16,6 +16,7 @@ FAMILIES: Final[Mapping[str, str]] = {
     "users": "directory",
     "orgs": "directory",
     "keys": "directory",
+    "admin-keys": "admin_keys",
     "providers": "providers",
     "prices": "prices",
     "ledger": "ledger",

@@ -83,7 +83,7 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     create.add_argument("--email")
     create.add_argument("--org", metavar="ID", help="default: the organization `default`")
     create.set_defaults(func=runs(_create_user))
-    _add_list(users, common, _list_users)
+    add_list(users, common, _list_users)
     _add_show(users, common, _show_user)
 
     orgs = family(subparsers, "orgs", "organizations: create, list, show")
@@ -94,7 +94,7 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     create.add_argument("--failure-mode", choices=["open", "closed"])
     create.add_argument("--fallback-daily-limit-usd", metavar="USD")
     create.set_defaults(func=runs(_create_org))
-    _add_list(orgs, common, _list_orgs)
+    add_list(orgs, common, _list_orgs)
     _add_show(orgs, common, _show_org)
 
     keys = family(subparsers, "keys", "users' API keys: create, list, check")
@@ -111,7 +111,7 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
         "--allow-model", metavar="MODEL", action="append", help="may be repeated; default: all"
     )
     create.set_defaults(func=runs(_create_key))
-    listing = _add_list(keys, common, _list_keys)
+    listing = add_list(keys, common, _list_keys)
     listing.add_argument("--user", metavar="ID", required=True)
     check = keys.add_parser(
         "check",
@@ -139,7 +139,7 @@ def family(
     return subparsers.add_parser(name, help=words).add_subparsers(metavar="COMMAND", required=True)
 
 
-def _add_list(
+def add_list(
     family: "argparse._SubParsersAction[argparse.ArgumentParser]",
     common: argparse.ArgumentParser,
     command: Command,
@@ -171,7 +171,7 @@ async def _create_user(args: argparse.Namespace, call: Call) -> int:
 
 async def _list_users(args: argparse.Namespace, call: Call) -> int:
     columns = ("user_id", "org_id", "email", "status", "monthly_limit_usd", "created_at")
-    await _print_list(args, call, ("users",), columns)
+    await print_list(args, call, ("users",), columns)
     return FINE
 
 
@@ -194,7 +194,7 @@ async def _create_org(args: argparse.Namespace, call: Call) -> int:
 
 async def _list_orgs(args: argparse.Namespace, call: Call) -> int:
     columns = ("org_id", "name", "status", "monthly_budget_usd", "failure_mode", "created_at")
-    await _print_list(args, call, ("organizations",), columns)
+    await print_list(args, call, ("organizations",), columns)
     return FINE
 
 
@@ -216,7 +216,7 @@ async def _create_key(args: argparse.Namespace, call: Call) -> int:
     else:
         # Alone on stdout, so that KEY=$(gwproxy keys create --user ann) is all it takes.
         print(key["api_key"])
-        _say(f"This is {key['key_id']} of user {args.user}. Keep it now: it is not shown again.")
+        say(f"This is {key['key_id']} of user {args.user}. Keep it now: it is not shown again.")
     return FINE
 
 
@@ -224,7 +224,7 @@ async def _list_keys(args: argparse.Namespace, call: Call) -> int:
     columns = ["key_id", "prefix", "name", "monthly_limit_usd", "expires_at", "last_used_at"]
     if args.deleted:
         columns.append("revoked_at")
-    await _print_list(args, call, ("users", args.user, "api-keys"), columns)
+    await print_list(args, call, ("users", args.user, "api-keys"), columns)
     return FINE
 
 
@@ -244,7 +244,7 @@ def _check_key(args: argparse.Namespace) -> int:
         _print_json({"ok": True, "kind": key.kind, "prefix": key.prefix, "key_id": key.key_id})
     else:
         print(f"complete: a {key.kind} key, {key.prefix}..., {key.key_id}")
-        _say("Whether it is known and not revoked, only the gateway can say.")
+        say("Whether it is known and not revoked, only the gateway can say.")
     return FINE
 
 
@@ -267,16 +267,16 @@ def runs(command: Command) -> Callable[[argparse.Namespace], int]:
             config = load(find_config(args.config, os.environ), os.environ, catalogue=CATALOGUE)
             return asyncio.run(_run(args, config, command))
         except ConfigError as error:
-            _say(str(error))
+            say(str(error))
             return WRONG_USAGE
         except (DatabaseRefused, JournalRefused) as error:
-            _say(str(error))
+            say(str(error))
             return REFUSED
         except GatewayError as error:
-            _say(error.message)
+            say(error.message)
             return _exit_code(error.status)
         except _Stop as stop:
-            _say(str(stop))
+            say(str(stop))
             return stop.code
 
     return run
@@ -316,7 +316,7 @@ def _offline(table: Sequence[Route]) -> Call:
             body=ask.body,
             ask=asked.Ask(Author(f"cli:{getpass.getuser()}")),
         )
-        found: dict[str, Any] = msgspec.to_builtins(answer.value)
+        found: dict[str, Any] = msgspec.to_builtins(answer.value or {})
         return found
 
     return call
@@ -371,6 +371,8 @@ def _over_http(config: Config, url: str | None) -> Call:
 
 
 def _understood(status: int, raw: bytes, place: str) -> dict[str, Any]:
+    if status == 204:
+        return {}
     try:
         answer = orjson.loads(raw)
         if status in (200, 201) and isinstance(answer, dict):
@@ -425,7 +427,7 @@ class _UnixConnection(HTTPConnection):
 # -- printing ------------------------------------------------------------------------------------
 
 
-def _say(words: str) -> None:
+def say(words: str) -> None:
     print(words, file=sys.stderr)
 
 
@@ -442,7 +444,7 @@ def print_one(args: argparse.Namespace, row: dict[str, Any]) -> None:
         print(f"{name:<{width}}  {_cell(name, value)}")
 
 
-async def _print_list(
+async def print_list(
     args: argparse.Namespace, call: Call, path: tuple[str, ...], columns: Sequence[str]
 ) -> None:
     rows: list[dict[str, Any]] = []
