@@ -38,7 +38,6 @@ from gwproxy.core.errors import StorageUnavailable
 from gwproxy.core.identity import FailureMode
 from gwproxy.core.learned import Factors, OutputLengths
 from gwproxy.core.messages import MessagesRequest
-from gwproxy.core.money import NANOS_PER_USD
 from gwproxy.core.pricing import PriceBook
 from gwproxy.core.responses import ResponsesRequest
 from gwproxy.core.routing import CATALOGUE, OPENAI, Link, Provider, Routes, max_tokens_field
@@ -54,6 +53,7 @@ from gwproxy.proxy.handler import ModelHandler, Parse
 from gwproxy.proxy.models import ModelsHandler
 from gwproxy.proxy.reply import Patience
 from gwproxy.proxy.upstream import Upstream
+from gwproxy.state import gauges
 from gwproxy.state.accounts import Accounts, Terms
 from gwproxy.state.books import Books
 from gwproxy.state.outage import Condition
@@ -153,6 +153,7 @@ class App:
             self.log.event("info", "admin key not set: the bootstrap key is off")
         self._book = book or PriceBook(assets.prices())
         metrics = self._metrics = Metrics()
+        metrics.started_at.value = time.time()
         if isinstance(counter, ByteEstimate):
             metrics.tokenizer_fallback.value = 1
             self.log.event("error", "tokenizer failed: tokens are estimated", fault=counter.fault)
@@ -167,9 +168,10 @@ class App:
 
         self._upstream = self._open_upstream(metrics)
         factors = Factors()
-        metrics.refresh.append(functools.partial(_show_factors, metrics, factors))
+        metrics.refresh.append(functools.partial(gauges.show_factors, metrics, factors))
         accounts = self._accounts = Accounts(store.keyring, terms(config))
-        metrics.refresh.append(functools.partial(_show_ledger, metrics, store, accounts))
+        metrics.refresh.append(functools.partial(gauges.show_process, metrics, self.log))
+        metrics.refresh.append(functools.partial(gauges.show_ledger, metrics, store, accounts))
         self._books = Books(
             store.ledger,
             store.keyring,
@@ -726,33 +728,9 @@ def terms(config: Config) -> Terms:
     )
 
 
-def _show_ledger(metrics: Metrics, store: Store, accounts: Accounts) -> None:
-    """The gauges that are read when they are asked for."""
-    state, journal = store.ledger.state, store.journal
-    holds = state.holds.values()
-    metrics.holds_open.value = len(holds)
-    metrics.held.value = sum(hold.amount for hold in holds) / NANOS_PER_USD
-    oldest = min((hold.reserve.t for hold in holds), default=None)
-    now_ms = store.ledger.now_ms()
-    metrics.hold_oldest.value = 0 if oldest is None else (now_ms - oldest) / 1000
-    metrics.storage_state.value = store.lost
-    exposure = accounts.exposure(state, store.ledger.periods()[1])
-    metrics.degraded_exposure.value = exposure / NANOS_PER_USD
-    metrics.journal_state.value = journal.lost is not None
-    metrics.journal_bytes.value = journal.size_bytes()
-    metrics.ledger_queue.value = state.lsn - store.writer.applied
-
-
 async def _ended(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.wait((task,))
-
-
-def _show_factors(metrics: Metrics, factors: Factors) -> None:
-    for text, ratios in (("answer", factors.answers), ("prompt", factors.prompts)):
-        for one in ratios:
-            error = one.error_per_mille / 1000
-            metrics.token_ratio(text, one.model, one.per_mille / 1000, error)
 
 
 def _labels(routes: Routes, prices: PriceBook) -> tuple[frozenset[str], frozenset[str]]:

@@ -8,31 +8,75 @@ What is logged is decided by the caller, and no caller hands over a key, a promp
 import functools
 import json
 import logging
-import sys
+import os
 import threading
 import time
 from collections import deque
 from datetime import UTC, datetime
-from typing import Any, Final, TextIO
+from typing import Any, Final, Protocol
 
 import orjson
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 FLUSH_INTERVAL_S = 0.1
+STDERR: Final = 2
 BACKLOG_LIMIT = 50_000
 """Lines that wait for a slow reader: about 30 MB at 600 bytes a line."""
+
+
+class Torn(OSError):
+    """Only a part was written; `lines` is how many were not."""
+
+    def __init__(self, lines: int) -> None:
+        super().__init__()
+        self.lines = lines
+
+
+class Descriptor:
+    """A file descriptor to write text to, with no buffer between: what could not be written now
+    does not come out later, in the middle of other lines or as an error when the process ends."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._torn = False
+
+    def write(self, text: str) -> None:
+        rest = text.encode("utf-8", "replace")
+        try:
+            if self._torn:
+                os.write(self._fd, b"\n")  # half a line spoils itself alone
+                self._torn = False
+            while rest:
+                written = os.write(self._fd, rest)
+                self._torn = rest[written - 1 : written] != b"\n"
+                rest = rest[written:]
+        except OSError as error:
+            raise Torn(rest.count(b"\n")) from error
+
+    def flush(self) -> None:
+        pass
+
+
+class Sink(Protocol):
+    def write(self, text: str, /) -> object: ...
+
+    def flush(self) -> None: ...
 
 
 class Log:
     """`event` from anywhere; `start` and `stop` around the life of the process."""
 
-    def __init__(self, stream: TextIO | None = None, level: str = "info") -> None:
-        self._stream = stream if stream is not None else sys.stderr
+    def __init__(self, sink: Sink | None = None, level: str = "info") -> None:
+        """`sink`: left out, stderr."""
+        self._sink = Descriptor(STDERR) if sink is None else sink
         self._threshold = LEVELS[level]
         self.debugging = level == "debug"
         """For hot paths, which need not gather the fields of a line that nobody wants."""
         self._lines: deque[str] = deque()
-        self._dropped = 0
+        # Each is counted by one thread alone: the loop's, the writer's, the writer's.
+        self._overflowed = 0
+        self._unwritten = 0
+        self._told = 0
         self._wake = threading.Event()
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -54,9 +98,14 @@ class Log:
 
     def _queue(self, line: str) -> None:
         if len(self._lines) >= BACKLOG_LIMIT:
-            self._dropped += 1
+            self._overflowed += 1
         else:
             self._lines.append(line)
+
+    @property
+    def dropped(self) -> int:
+        """Lines lost so far."""
+        return self._overflowed + self._unwritten
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
@@ -76,25 +125,30 @@ class Log:
         self._flush()
 
     def _flush(self) -> None:
+        untold = self.dropped - self._told
         parts: list[str] = []
         while self._lines:
             parts.append(self._lines.popleft())
             if len(parts) == 200:  # a bounded write, so that a burst does not hold the GIL
-                self._write(parts)
+                self._unwritten += self._write(parts)
                 parts = []
-        if self._dropped:
-            dropped, self._dropped = self._dropped, 0
-            parts.append(render(time.time(), "warning", "log lines dropped", {"count": dropped}))
         if parts:
-            self._write(parts)
+            self._unwritten += self._write(parts)
+        if untold:
+            notice = render(time.time(), "warning", "log lines dropped", {"count": untold})
+            if not self._write([notice]):
+                self._told += untold
 
-    def _write(self, parts: list[str]) -> None:
+    def _write(self, parts: list[str]) -> int:
+        """How many were lost: the service matters more than its log."""
         try:
-            self._stream.write("".join(parts))
-            self._stream.flush()
+            self._sink.write("".join(parts))
+            self._sink.flush()
+        except Torn as torn:
+            return torn.lines
         except (OSError, ValueError):
-            # The reader is gone; the service matters more than its log.
-            self._dropped += len(parts)
+            return len(parts)
+        return 0
 
 
 def render(time_s: float, level: str, event: str, fields: dict[str, Any]) -> str:

@@ -27,6 +27,14 @@ MODEL_LABELS: Final = 200
 TOKEN_KINDS: Final = ("input", "cache_read", "cache_write", "output", "reasoning")
 """The values of the label `type`; reasoning is part of the output."""
 
+SCOPES: Final = ("key", "user", "org", "provider", "outage")
+OUTCOMES: Final = (
+    *("completed", "failed", "client_left", "truncated", "cut", "void", "unknown", "recovered"),
+)
+ALERTED_PERCENT: Final = (80, 95, 100)
+"""Closed sets whose series are there from the start: Prometheus sees no increase in a series that
+comes into being at 1, and so would miss the first of what is seldom."""
+
 _REMEMBERED: Final = 4096
 """Combinations kept for a quick look-up. A caller has a say in them, so they are bounded."""
 
@@ -287,9 +295,27 @@ class Metrics:
         self.loop_stall = self._spread(
             "gwproxy_loop_stall_seconds", "How late the event loop's coarse timer fired.", _STALL_S
         ).child()
+        self.log_lines_dropped = self._counter(
+            "gwproxy_log_lines_dropped_total", "Log lines that their reader did not take in time."
+        ).child()
+        # Under the names that every dashboard knows.
+        self.started_at = self._gauge(
+            "process_start_time_seconds", "When the process began, in seconds since 1970."
+        ).child()
+        self.resident_bytes = self._gauge(
+            "process_resident_memory_bytes", "Memory that the process has in use."
+        ).child()
+        self.open_fds = self._gauge("process_open_fds", "Open file descriptors.").child()
         self._gauge(
             "gwproxy_build_info", "Always 1; the labels say what runs.", "version", "python"
         ).child(__version__, platform.python_version()).value = 1
+
+        for outcome in OUTCOMES:
+            self.settlement(outcome)
+        for scope in SCOPES:
+            self.quota_refusal(scope)
+            for percent in ALERTED_PERCENT:
+                self.budget_alert(scope, percent)
 
         self.refresh: list[Callable[[], None]] = []
         """Called before each scrape, by those whose gauges are cheaper read than kept."""

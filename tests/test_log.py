@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from gwproxy import log as log_module
 from gwproxy.core.identity import Principal
 from gwproxy.core.trace import Attempt, Trace
-from gwproxy.log import LEVELS, ForeignRecords, Log, capture_libraries, render
+from gwproxy.log import LEVELS, Descriptor, ForeignRecords, Log, Torn, capture_libraries, render
 
 SECRET = "gw_live_a-key-or-a-prompt"
 
@@ -285,6 +286,55 @@ def test_lines_come_while_the_process_lives_and_not_only_at_its_end() -> None:
     assert stream.came.wait(5)
     assert lines(stream)[0]["event"] == "x"
     log.stop()
+
+
+# -- what is written to a descriptor --
+
+
+def test_a_pipe_that_is_full_tears_one_line_at_most_and_counts_the_others() -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    sink = Descriptor(writing)
+    lost = 0
+    for first in range(0, 3_000, 100):  # about 300 KB, into a pipe of 64
+        try:
+            sink.write("".join(f"{number:099d}\n" for number in range(first, first + 100)))
+        except Torn as torn:
+            lost += torn.lines
+    got = read_all(reading)
+    sink.write("after\n")
+    got += read_all(reading)
+    os.close(reading)
+    os.close(writing)
+    *rows, after, last = got.decode().split("\n")
+    assert (after, last) == ("after", "")
+    whole = [int(row) for row in rows if len(row) == 99]
+    assert len(rows) - len(whole) <= 1
+    assert len(whole) + lost == 3_000
+    assert lost > 1_000
+    assert whole == list(range(len(whole)))
+
+
+def test_a_disk_that_is_full_loses_lines_and_counts_each_once() -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    log = Log(Descriptor(full))
+    log.start()
+    for _ in range(7):
+        log.event("info", "lost")
+    log.stop()
+    os.close(full)
+    assert log.dropped == 7
+
+
+def read_all(fd: int) -> bytes:
+    os.set_blocking(fd, False)
+    got = b""
+    try:
+        while part := os.read(fd, 1 << 16):
+            got += part
+    except BlockingIOError:
+        pass
+    return got
 
 
 # -- libraries -------------------------------------------------------------------------------------

@@ -57,6 +57,10 @@ CONTRACT = {
     "gwproxy_journal_bytes": (),
     "gwproxy_journal_state": (),
     "gwproxy_build_info": ("version", "python"),
+    "gwproxy_log_lines_dropped_total": (),
+    "process_start_time_seconds": (),
+    "process_resident_memory_bytes": (),
+    "process_open_fds": (),
 }
 FROM_THE_START = {
     *("gwproxy_overhead_seconds", "gwproxy_stream_gap_seconds", "gwproxy_streams_open"),
@@ -64,8 +68,10 @@ FROM_THE_START = {
     *("gwproxy_loop_stall_seconds", "gwproxy_build_info", "gwproxy_held_usd"),
     *("gwproxy_hold_oldest_seconds", "gwproxy_overruns_total", "gwproxy_storage_state"),
     *("gwproxy_journal_state", "gwproxy_journal_bytes", "gwproxy_ledger_queue"),
-    *("gwproxy_ledger_commit_seconds",),
+    *("gwproxy_ledger_commit_seconds", "gwproxy_log_lines_dropped_total"),
+    *("process_start_time_seconds", "process_resident_memory_bytes", "process_open_fds"),
 }
+MOMENTS = {"gwproxy_hold_oldest_seconds", "process_start_time_seconds"}
 KINDS = {"total": "counter", "seconds": "histogram"}
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -136,7 +142,7 @@ def test_every_name_and_its_labels_are_as_agreed() -> None:
     for name, family in found.items():
         assert family.documentation.endswith(".")
         ending = name.rpartition("_")[2]
-        kind = "gauge" if name == "gwproxy_hold_oldest_seconds" else KINDS.get(ending, "gauge")
+        kind = "gauge" if name in MOMENTS else KINDS.get(ending, "gauge")
         assert family.type == kind, name
         assert family.samples, f"{name} has no sample"
         for sample in family.samples:
