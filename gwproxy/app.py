@@ -56,6 +56,7 @@ from gwproxy.proxy.upstream import Upstream
 from gwproxy.state import gauges
 from gwproxy.state.accounts import Accounts, Terms
 from gwproxy.state.books import Books
+from gwproxy.state.learned import Notebook
 from gwproxy.state.outage import Condition
 from gwproxy.state.providers import Providers
 from gwproxy.state.rates import Rates
@@ -84,6 +85,9 @@ GIL_SWITCH_S: Final = 0.0005
 """With Python's default of 5 ms one busy thread (the log, SQLite) holds up every stream so long."""
 
 KEY_USE_STORED_EVERY_S: Final = 60.0
+
+LEARNED_SAVED_EVERY_S: Final = 300.0
+"""What a killed process forgets of it is learned again in as long."""
 
 LAST_WORDS_S: Final = 1.0
 """For streams that are ended to tell their clients so, and to settle."""
@@ -167,7 +171,12 @@ class App:
         store.writer.committed = metrics.ledger_commit.observe
 
         self._upstream = self._open_upstream(metrics)
-        factors = Factors()
+        lengths, factors = OutputLengths(), Factors()
+        database = config.storage.path
+        learned = database.with_name(f"{database.name}.learned")
+        notebook = self._notebook = Notebook(learned, lengths, factors, self.log)
+        notebook.load()
+        self._cleanups.append(notebook.save)
         metrics.refresh.append(functools.partial(gauges.show_factors, metrics, factors))
         accounts = self._accounts = Accounts(store.keyring, terms(config))
         metrics.refresh.append(functools.partial(gauges.show_process, metrics, self.log))
@@ -178,7 +187,7 @@ class App:
             accounts,
             self._book,
             Rates(time.monotonic),
-            OutputLengths(),
+            lengths,
             factors,
             count=counter.count,
             durable=store.durable,
@@ -433,6 +442,7 @@ class App:
         async with asyncio.TaskGroup() as group:
             tasks = [
                 group.create_task(self._keep_storing_key_use()),
+                group.create_task(self._keep_saving()),
                 group.create_task(self._keep_reloading()),
             ]
             await stopping.wait()
@@ -456,6 +466,11 @@ class App:
         while True:
             await asyncio.sleep(KEY_USE_STORED_EVERY_S)
             await self._store_key_use()
+
+    async def _keep_saving(self) -> None:
+        while True:
+            await asyncio.sleep(LEARNED_SAVED_EVERY_S)
+            await self._notebook.save()
 
     async def _store_key_use(self) -> None:
         try:
