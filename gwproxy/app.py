@@ -181,12 +181,14 @@ class App:
         accounts = self._accounts = Accounts(store.keyring, terms(config))
         metrics.refresh.append(functools.partial(gauges.show_process, metrics, self.log))
         metrics.refresh.append(functools.partial(gauges.show_ledger, metrics, store, accounts))
+        rates = Rates(time.monotonic)
+        store.lately.replay(rates, store.keyring, store.ledger.now_ms(), time.monotonic())
         self._books = Books(
             store.ledger,
             store.keyring,
             accounts,
             self._book,
-            Rates(time.monotonic),
+            rates,
             lengths,
             factors,
             count=counter.count,

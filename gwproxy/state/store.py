@@ -7,6 +7,7 @@ has been judged; nobody is served before what a process before left open has bee
 import asyncio
 import contextlib
 import enum
+import functools
 import os
 import secrets
 import time
@@ -26,6 +27,7 @@ from gwproxy.state.adjustments import Adjustments
 from gwproxy.state.archive import Archive
 from gwproxy.state.directory import Directory
 from gwproxy.state.keyring import Keyring
+from gwproxy.state.lately import Lately
 from gwproxy.state.ledger import Clock, Ledger, Recent
 from gwproxy.state.outage import Condition, Outage
 from gwproxy.state.repeats import Repeats
@@ -129,6 +131,7 @@ class Store:
         files: Files,
         kept: Kept,
         since: str,
+        lately: Lately,
         log: Log,
     ) -> None:
         self._lock = lock
@@ -140,6 +143,7 @@ class Store:
         self.adjustments = adjustments
         self.clock = clock
         self.recovery = recovery
+        self.lately = lately
         self.durable = durable
         self.outage = Outage()
         self._upkeep = upkeep
@@ -264,9 +268,12 @@ class Store:
 
         state = await load_state(database, breathe=_breathe, directory=change)
         recent = Recent()
+        lately = Lately(int(wall() * 1000))
+        rows = await database.run(functools.partial(reports.admitted_since, t=lately.since_ms))
+        lately.stored(rows, state)
         since = loaded_since(mark.t)
         older = Older(database, state, since)
-        replayed = await _replay(kept, found, mark, state, recent, older)
+        replayed = await _replay(kept, found, mark, state, recent, older, lately)
         journal = await asyncio.to_thread(
             Journal.start,
             files,
@@ -308,6 +315,7 @@ class Store:
             files=files,
             kept=kept,
             since=since,
+            lately=lately,
             log=log,
         )
 
@@ -538,7 +546,13 @@ def _following(found: Scan) -> CanFollow:
 
 
 async def _replay(
-    kept: Kept, found: Scan, mark: Mark, state: State, recent: Recent, older: Older
+    kept: Kept,
+    found: Scan,
+    mark: Mark,
+    state: State,
+    recent: Recent,
+    older: Older,
+    lately: Lately,
 ) -> int:
     """Apply what the database does not have yet: how many records. Until it has them, the requests
     among them are found in `recent`."""
@@ -566,6 +580,7 @@ async def _replay(
                 touched = apply(state, record)
             except (ValueError, BrokenLedger) as error:
                 raise JournalRefused(f"{kept.journal}: {error}.") from error
+            lately.saw(record)
             if isinstance(record, Settle):
                 recent.add(touched)
     return cursor.lsn - mark.lsn

@@ -343,3 +343,14 @@ async def alerts_after(database: Database, lsn: int, since_ms: int, most: int) -
         )
         for row in rows
     ]
+
+
+def admitted_since(connection: sqlite3.Connection, t: int) -> list[tuple[int, int, str, int]]:
+    """(lsn, t, key_id, tokens) of the requests admitted after a moment and settled; none of those
+    that never were sent."""
+    return connection.execute(
+        "SELECT lsn, t, key_id,"
+        " input_tokens + cache_read_tokens + cache_write_tokens + output_tokens"
+        " FROM request WHERE t > ? AND settled_at IS NOT NULL AND outcome <> 'void' ORDER BY lsn",
+        (t,),
+    ).fetchall()
