@@ -695,6 +695,7 @@ def _fixed(config: Config) -> dict[str, object]:
         "[upstream] connect_timeout_s": config.upstream.connect_timeout_s,
         "[upstream] idle_connection_s": config.upstream.idle_connection_s,
         "[upstream] ca_file": config.upstream.ca_file,
+        "[quota] alert_webhook": (config.quota.alert_webhook, config.quota.alert_webhook_secret),
         "[storage]": config.storage,
     }
 
@@ -712,6 +713,11 @@ def _as_started(found: Config, started: Config) -> Config:
         server=replace(found.server, listen=started.server.listen),
         admin=replace(found.admin, listen=started.admin.listen),
         upstream=upstream,
+        quota=replace(
+            found.quota,
+            alert_webhook=started.quota.alert_webhook,
+            alert_webhook_secret=started.quota.alert_webhook_secret,
+        ),
         storage=started.storage,
     )
 
