@@ -24,6 +24,7 @@ from aiohttp import web
 from gwproxy import assets
 from gwproxy.admin.ask import Route as AdminRoute
 from gwproxy.admin.auth import AdminAuth
+from gwproxy.admin.bulk import Bulk, BulkHandler
 from gwproxy.admin.health import Health
 from gwproxy.admin.process import Process
 from gwproxy.admin.providers import Providers as ProviderPlane
@@ -305,6 +306,14 @@ class App:
             for each in (
                 *admin_routes(store, ProviderPlane(providers, accounts, ledger)),
                 *Process(self.reload, store.back_up).routes(),
+            )
+        ]
+        bulk = BulkHandler(Bulk(store), auth)
+        admin += [
+            Route(method, path, handler, "admin", guard=admins_only, identified=True)
+            for method, path, handler in (
+                ("GET", "/admin/export", bulk.export),
+                ("POST", "/admin/import", bulk.import_),
             )
         ]
         scrape_guard = None

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gwproxy.core.money import parse_usd
 from gwproxy.core.period import DAY_MS
 from gwproxy.storage import reports
-from gwproxy.storage.database import Database
+from gwproxy.storage.database import Database, packaged
 from gwproxy.storage.reports import GROUPS, Chosen, Sought
 from gwproxy.storage.verify import findings, verify
 from tests.conftest import Front, StartGateway
@@ -290,15 +290,11 @@ async def test_sums_that_come_with_an_upgrade_are_those_of_the_requests_before(t
         await catch_up(place.writer())
         before = await tables(place.database)
         assert before["usage"] and before["attempted"]
+    [upgrade] = [each for each in packaged() if each.name == "0003_usage.sql"]
     with closing(sqlite3.connect(place.path)) as connection:
         connection.executescript(
             "DROP VIEW settled; DROP TABLE usage; DROP TABLE attempted;"
-            "DROP INDEX request_by_key; DROP INDEX request_by_outcome; DROP TABLE admin_key;"
-            + "".join(
-                f"ALTER TABLE api_key DROP COLUMN {name};"
-                for name in ("previous", "last_used_from", "use_count")
-            )
-            + "PRAGMA user_version = 2"
+            "DROP INDEX request_by_key; DROP INDEX request_by_outcome;" + upgrade.sql
         )
     async with await Database.open(place.path) as database:
         assert await tables(database) == before

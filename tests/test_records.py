@@ -30,6 +30,7 @@ from gwproxy.core.records import (
     Breaker,
     Close,
     Held,
+    Import,
     Mark,
     Reserve,
     Settle,
@@ -177,6 +178,7 @@ EXAMPLES: list[AnyRecord] = [
             key_id="admin_1", prefix="gw_admin_1", digest=b"1", scope=Scope.READ, created_at=1
         ),
     ),
+    Import(**STAMP, file="import-1.ndjson", digest="00ff", rows=2, actor="ann"),
     Breaker(**STAMP, provider="a", before="closed", after="open", until=3, why="timeout"),
     Alert(**STAMP, account="user:alice", period="2026-11", percent=80, spent=81, limit=100),
     Storage(**STAMP, part="database", state="lost", cause="disk full"),

@@ -76,17 +76,18 @@ class Audit:
             noun=sent.name("noun"),
             id=sent.id("id"),
         )
-        before = sent.cursor(int)
+        before = sent.cursor(int, int)
         await self._store.catch_up()
         async with self._store.database.reader() as reader:
             found = await audit.lines(
-                reader, sought, before[0] if before else None, query.limit + 1
+                reader, sought, (before[0], before[1]) if before else None, query.limit + 1
             )
         shown = found[: query.limit]
+        last = (shown[-1].lsn, shown[-1].place) if len(found) > query.limit else None
         return Answer(
             AuditPage(
                 data=[_line(each) for each in shown],
-                next_cursor=cursor_of([shown[-1].lsn]) if len(found) > query.limit else None,
+                next_cursor=None if last is None else cursor_of(last),
                 as_of_lsn=reader.as_of_lsn,
             )
         )

@@ -77,7 +77,7 @@ class Organizations:
     async def create(self, ask: Ask, body: NewOrganization) -> Answer:
         org_id = checked.identifier("org_id", body.org_id)
         return _answer(
-            await self._directory.create_organization(org_id=org_id, **_fields(body), by=ask.by)
+            await self._directory.create_organization(org_id=org_id, **fields(body), by=ask.by)
         )
 
     async def list(self, ask: Ask, query: OrganizationQuery) -> Answer:
@@ -95,7 +95,7 @@ class Organizations:
         return _answer(self._directory.organization(org_id, deleted=query.deleted))
 
     async def change(self, ask: Ask, org_id: str, body: OrganizationChange) -> Answer:
-        changes = _fields(body)
+        changes = fields(body)
         return _answer(
             await self._directory.change_organization(org_id, changes, match=ask.match, by=ask.by)
         )
@@ -108,7 +108,7 @@ class Organizations:
 _AS_SENT = ("status", "failure_mode", "unbounded_policy", "on_exhausted", "on_client_gone", "cache")
 
 
-def _fields(sent: OrganizationChange) -> dict[str, Any]:
+def fields(sent: OrganizationChange) -> dict[str, Any]:
     """What was sent, checked, by the names of the directory."""
     found = {name: value for name in _AS_SENT if (value := getattr(sent, name)) is not UNSET}
     if not isinstance(sent.name, Unset):

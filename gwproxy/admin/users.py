@@ -65,7 +65,7 @@ class Users:
     async def create(self, ask: Ask, body: NewUser) -> Answer:
         user_id = checked.identifier("user_id", body.user_id)
         return _answer(
-            await self._directory.create_user(user_id=user_id, **_fields(body), by=ask.by)
+            await self._directory.create_user(user_id=user_id, **fields(body), by=ask.by)
         )
 
     async def list(self, ask: Ask, query: UserQuery) -> Answer:
@@ -86,7 +86,7 @@ class Users:
         return _answer(self._directory.user(user_id, deleted=query.deleted))
 
     async def change(self, ask: Ask, user_id: str, body: UserChange) -> Answer:
-        changes = _fields(body)
+        changes = fields(body)
         return _answer(
             await self._directory.change_user(user_id, changes, match=ask.match, by=ask.by)
         )
@@ -96,7 +96,7 @@ class Users:
         return Answer()
 
 
-def _fields(sent: UserChange) -> dict[str, Any]:
+def fields(sent: UserChange) -> dict[str, Any]:
     """What was sent, checked, by the names of the directory."""
     found: dict[str, Any] = {
         name: value

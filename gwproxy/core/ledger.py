@@ -20,6 +20,7 @@ from gwproxy.core.records import (
     Breaker,
     Close,
     Held,
+    Import,
     Mark,
     Rates,
     Reserve,
@@ -192,9 +193,9 @@ class Touched:
 
 
 class State:
-    """All that the ledger knows. `directory` receives each row of an admin record."""
+    """All that the ledger knows. `directory` receives each record of a change of the directory."""
 
-    def __init__(self, directory: Callable[[Admin], None] | None = None) -> None:
+    def __init__(self, directory: Callable[[Admin | Import], None] | None = None) -> None:
         self.lsn = 0
         self.t = 0
         self.balances: dict[Key, Balance] = {}
@@ -310,6 +311,12 @@ def _admin(state: State, record: Admin) -> Touched:
     return Touched(record)
 
 
+def _import(state: State, record: Import) -> Touched:
+    if state.directory is not None:
+        state.directory(record)
+    return Touched(record)
+
+
 def _breaker(state: State, record: Breaker) -> Touched:
     state.breakers[record.provider] = record
     return Touched(record)
@@ -332,6 +339,7 @@ _APPLY: Mapping[type[AnyRecord], Callable[[State, Any], Touched]] = {
     Adjust: _adjust,
     Close: _close,
     Admin: _admin,
+    Import: _import,
     Breaker: _breaker,
     Alert: _alert,
     Storage: _nothing,

@@ -185,6 +185,19 @@ class Admin(Record, frozen=True, kw_only=True, omit_defaults=True, tag="admin"):
         return row
 
 
+class Import(Record, frozen=True, kw_only=True, omit_defaults=True, tag="import"):
+    """Many changes of the directory at once. Their rows stand in a file beside the journal, which
+    was on the disk before this was written."""
+
+    file: str
+    digest: str
+    """The file's SHA-256."""
+    rows: int
+    actor: str = ""
+    address: str = ""
+    request_id: str = ""
+
+
 class Breaker(Record, frozen=True, kw_only=True, omit_defaults=True, tag="breaker"):
     """A provider's circuit breaker changed its state."""
 
@@ -219,7 +232,18 @@ class Stop(Record, frozen=True, kw_only=True, omit_defaults=True, tag="stop"):
 
 
 AnyRecord = (
-    Reserve | Mark | Attempt | Settle | Adjust | Close | Admin | Breaker | Alert | Storage | Stop
+    Reserve
+    | Mark
+    | Attempt
+    | Settle
+    | Adjust
+    | Close
+    | Admin
+    | Import
+    | Breaker
+    | Alert
+    | Storage
+    | Stop
 )
 
 encode = msgspec.json.Encoder().encode

@@ -18,14 +18,15 @@ from typing import Any, Final, Self
 
 from gwproxy.core import records
 from gwproxy.core.errors import StorageUnavailable
-from gwproxy.core.identity import Below
+from gwproxy.core.identity import AdminKey, ApiKey, Below, Organization, User
 from gwproxy.core.ledger import BrokenLedger, Request, State, apply
 from gwproxy.core.period import rfc3339
-from gwproxy.core.records import Admin, Alert, Settle, Stop, decode
+from gwproxy.core.records import Admin, Alert, Import, Settle, Stop, decode
 from gwproxy.log import Log
 from gwproxy.state.adjustments import Adjustments
 from gwproxy.state.archive import Archive
 from gwproxy.state.directory import Directory
+from gwproxy.state.imports import Imports, put_all, put_in_force
 from gwproxy.state.keyring import Keyring
 from gwproxy.state.lately import Lately
 from gwproxy.state.ledger import Clock, Ledger, Recent
@@ -33,7 +34,7 @@ from gwproxy.state.outage import Condition, Outage
 from gwproxy.state.repeats import Repeats
 from gwproxy.state.upkeep import Upkeep
 from gwproxy.storage import directory as storage
-from gwproxy.storage import reports
+from gwproxy.storage import imports, reports
 from gwproxy.storage.backup import Backups, CanFollow
 from gwproxy.storage.database import (
     BackupRefused,
@@ -123,6 +124,7 @@ class Store:
         keyring: Keyring,
         directory: Directory,
         adjustments: Adjustments,
+        imports: Imports,
         upkeep: Upkeep,
         backups: Backups,
         clock: Clock,
@@ -141,6 +143,7 @@ class Store:
         self.keyring = keyring
         self.directory = directory
         self.adjustments = adjustments
+        self.imports = imports
         self.clock = clock
         self.recovery = recovery
         self.lately = lately
@@ -253,14 +256,22 @@ class Store:
         mark = await begin_epoch(database, found.ledger_id or secrets.token_hex(8), found.epoch)
 
         keyring = Keyring()
-        for row in await storage.load(database):
-            keyring.apply(row)
+        rows = await storage.load(database)
+        put_all(keyring, (row for row in rows if isinstance(row, Organization | User)))
+        for row in rows:
+            if isinstance(row, ApiKey | AdminKey):
+                keyring.apply(row)
 
         repeats = Repeats()
         for made in await storage.load_repeats(database):
             repeats.remember(*made)
+        awaited: set[str] = set()
 
-        def change(record: Admin) -> None:
+        def change(record: Admin | Import) -> None:
+            if isinstance(record, Import):
+                awaited.add(record.file)
+                put_in_force(keyring, record, lambda: imports.read(files, kept.journal, record))
+                return
             row = record.row
             keyring.apply(row)
             if record.idempotency_key is not None:
@@ -292,6 +303,7 @@ class Store:
         for sent, lsn in state.idempotency.items():
             repeats.remember(sent, lsn, None)  # of adjustments that the database does not have yet
         settled = ledger.recover()
+        await imports.sweep(database, files, kept.journal, journal.first_lsn, awaited)
         upkeep = Upkeep(journal, log, time.monotonic)
         await upkeep.sync()
         assert not state.holds, "a hold has outlived its process"
@@ -307,6 +319,7 @@ class Store:
             keyring=keyring,
             directory=Directory(ledger, keyring, repeats, below, durable),
             adjustments=Adjustments(ledger, repeats, durable),
+            imports=Imports(ledger, keyring, below, durable),
             upkeep=upkeep,
             backups=backups,
             clock=clock,
@@ -370,6 +383,11 @@ class Store:
             file, mark = await self._backups.make(self.database)
         self._log.event("info", "backed up", lsn=mark.lsn)
         await self._upkeep.drop(self._backups.covered(self.writer.applied))
+        journal = self.journal
+        with contextlib.suppress(StorageUnavailable, OSError):  # there is a next time
+            await imports.sweep(
+                self.database, journal.files, journal.directory, journal.first_lsn, None
+            )
         return str(file), mark
 
     async def _keep_backups(self) -> None:

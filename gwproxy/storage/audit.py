@@ -9,24 +9,38 @@ from typing import Any, Final
 
 import msgspec
 
-from gwproxy.core.records import Adjust, Admin
+from gwproxy.core.records import Adjust, Admin, Import
 from gwproxy.storage import directory
 from gwproxy.storage.database import Reader, assert_in_transaction
 
-_INSERT: Final = "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_INSERT: Final = "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _NOUNS: Final = {"user": "user", "org": "organization"}
 _AUDITED: Final = ("grant", "reset")
 """Of adjustments: the others are made by the program, many at a time."""
 
 
-def changed(connection: sqlite3.Connection, record: Admin) -> None:
-    """Store the row of an admin record, and what it was before."""
-    row = record.row
+def changed(
+    connection: sqlite3.Connection,
+    record: Admin | Import,
+    action: str,
+    row: directory.Row,
+    place: int = 0,
+) -> None:
+    """Store a row that a record has changed, and what it was before."""
+    assert_in_transaction(connection)
     before = directory.put(connection, row)
     assert_in_transaction(connection)
     noun, name = directory.named(row)
     shown = None if before is None else directory.shown(before)
-    _insert(connection, record, record.action, noun, name, shown, directory.shown(row))
+    _insert(connection, record, action, noun, name, shown, directory.shown(row), place)
+
+
+def imported(connection: sqlite3.Connection, record: Import) -> None:
+    """Store that there was an import, by the name of its file; its rows have been stored."""
+    after = {"digest": record.digest, "rows": record.rows}
+    assert_in_transaction(connection)
+    shown = msgspec.json.encode(after).decode()
+    _insert(connection, record, "import", "import", record.file, None, shown)
 
 
 def adjusted(connection: sqlite3.Connection, record: Adjust) -> None:
@@ -43,17 +57,19 @@ def adjusted(connection: sqlite3.Connection, record: Adjust) -> None:
 
 def _insert(
     connection: sqlite3.Connection,
-    record: Admin | Adjust,
+    record: Admin | Adjust | Import,
     action: str,
     noun: str,
     name: str,
     before: str | None,
     after: str,
+    place: int = 0,
 ) -> None:
     connection.execute(
         _INSERT,
         (
             record.lsn,
+            place,
             record.t,
             record.actor,
             action,
@@ -73,6 +89,8 @@ def _insert(
 @dataclass(frozen=True, slots=True)
 class Line:
     lsn: int
+    place: int
+    """Among the rows of an import, from 1; 0: the record's only one, or what is said of all."""
     t: int
     actor: str
     action: str
@@ -97,8 +115,10 @@ class Sought:
     id: str | None
 
 
-async def lines(reader: Reader, sought: Sought, before: int | None, limit: int) -> list[Line]:
-    """The newest ones before that record, newest first."""
+async def lines(
+    reader: Reader, sought: Sought, before: tuple[int, int] | None, limit: int
+) -> list[Line]:
+    """The newest ones before that record and place, newest first."""
     wanted: dict[str, Any] = {
         name: value
         for name in ("actor", "action", "noun", "id")
@@ -106,9 +126,10 @@ async def lines(reader: Reader, sought: Sought, before: int | None, limit: int) 
     }
     # The names are ours, never a caller's.
     where = "".join(f" AND {name} = ?" for name in wanted)
-    end = 1 << 62 if before is None else before
+    end = (1 << 62, 0) if before is None else before
     rows = await reader.read(
-        f"SELECT * FROM audit WHERE lsn < ? AND t >= ? AND t < ?{where} ORDER BY lsn DESC LIMIT ?",
-        (end, sought.since, sought.until, *wanted.values(), limit),
+        f"SELECT * FROM audit WHERE (lsn, place) < (?, ?) AND t >= ? AND t < ?{where}"
+        " ORDER BY lsn DESC, place DESC LIMIT ?",
+        (*end, sought.since, sought.until, *wanted.values(), limit),
     )
     return [Line(*row) for row in rows]

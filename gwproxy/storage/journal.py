@@ -134,7 +134,7 @@ class Journal:
         """Why the journal counts as lost though nothing failed: set by the owner, who has a clock,
         when a sync takes too long; taken back by the next one that succeeds."""
         self._gone: str | None = None
-        self._files = files
+        self.files = files
         self._boot_id = boot_id
         self._segment_bytes = segment_bytes
         self._max_bytes = max_bytes
@@ -218,13 +218,13 @@ class Journal:
         self._spare.run()
         if not self._go_on_in_spare(self._synced_at, payloads):
             raise JournalRefused(f"{self.directory}: cannot be written to. {CHECK_ACCESS}")
-        self._files.fsync(self._fd)
+        self.files.fsync(self._fd)
         self.next_lsn += len(payloads)
         for payload in payloads:
             self.chain = crc32(payload, self.chain)
         self._synced_at, self.synced = self.end, self.end.lsn
         if before >= 0:
-            self._files.close(before)
+            self.files.close(before)
 
     def _prepare_spare(self) -> None:
         spare = self.begin_spare()
@@ -244,7 +244,7 @@ class Journal:
         if self._spare is not None:
             fds.append(self._spare.fd)
         for fd in fds:
-            self._files.close(fd)
+            self.files.close(fd)
 
     # -- records --
 
@@ -259,7 +259,7 @@ class Journal:
         if self._offset + len(line) > self._limit:
             self._rotate(len(line))
         try:
-            written = self._files.pwrite(self._fd, line, self._offset)
+            written = self.files.pwrite(self._fd, line, self._offset)
         except OSError as error:
             self._take_back(payload, chain, f"{error.strerror}")
             return
@@ -297,7 +297,7 @@ class Journal:
         one succeed, and nobody will ever read them. Once it is back, so is the journal."""
         path = self.directory / self._segments[-1].name
         try:
-            there = self._files.stands(self._fd, path)
+            there = self.files.stands(self._fd, path)
         except OSError as error:
             self._gone = f"{path} cannot be looked at ({error.strerror})"
         else:
@@ -310,13 +310,18 @@ class Journal:
             return self._synced_at
         return Cursor(self._segments[-1].number, self._offset, self.chain, self.next_lsn - 1)
 
+    @property
+    def first_lsn(self) -> int:
+        """The first record that is still there, or would be."""
+        return self._segments[0].first_lsn
+
     def trail(self) -> Trail:
         """What can be read now, as a value for another thread."""
         end = self.end
         segments = [s for s in self._segments if s.number <= end.segment]
         if segments and segments[-1].number == end.segment:
             segments[-1] = replace(segments[-1], length=end.offset)
-        return Trail(self._files, self.directory, tuple(segments), end)
+        return Trail(self.files, self.directory, tuple(segments), end)
 
     def find(self, lsn: int) -> Cursor:
         """See Trail.find."""
@@ -335,7 +340,7 @@ class Journal:
         way: two at once on one descriptor would share out its errors between them."""
         if self._sync is not None or self._distrusted is not None or not self._unsynced:
             return None
-        self._sync = Sync(self._files, (*self._older, self._fd), self.end)
+        self._sync = Sync(self.files, (*self._older, self._fd), self.end)
         self._syncs_running += 1
         return self._sync
 
@@ -355,7 +360,7 @@ class Journal:
                 self._distrust(f"{self._segments[-1].name} could not be synced ({error.strerror})")
         if not self._syncs_running:
             for fd in self._unused:
-                self._files.close(fd)
+                self.files.close(fd)
             self._unused.clear()
 
     # -- segments --
@@ -397,7 +402,7 @@ class Journal:
         if not dropped:
             return None
         self._replaced, self._segments = [], self._segments[done:]
-        return Drop(self._files, self.directory, tuple(dropped))
+        return Drop(self.files, self.directory, tuple(dropped))
 
     def end_drop(self, drop: Drop, error: OSError | None) -> None:
         """What could not be removed counts as replaced: nobody reads it, and it is tried again."""
@@ -405,7 +410,7 @@ class Journal:
         self._replaced += drop.segments[drop.done :]
 
     def _next(self, size: int) -> Spare:
-        spare = Spare(self._files, self.directory, self._number, size)
+        spare = Spare(self.files, self.directory, self._number, size)
         self._number += 1
         return spare
 
@@ -432,7 +437,7 @@ class Journal:
         active = self._segments[-1]
         why = f"{active.name} could not be written to ({why})"
         try:
-            self._files.ftruncate(self._fd, self._offset)
+            self.files.ftruncate(self._fd, self._offset)
         except OSError as error:
             self.chain = chain
             self.next_lsn += 1
@@ -475,8 +480,8 @@ class Journal:
             # The header is what makes it a part of the journal, so it comes after all the rest.
             whole = (
                 length <= spare.size
-                and (not body or self._files.pwrite(spare.fd, body, HEADER_BYTES) == len(body))
-                and self._files.pwrite(spare.fd, self._header(after), 0) == HEADER_BYTES
+                and (not body or self.files.pwrite(spare.fd, body, HEADER_BYTES) == len(body))
+                and self.files.pwrite(spare.fd, self._header(after), 0) == HEADER_BYTES
             )
         except OSError:
             whole = False

@@ -9,7 +9,7 @@ was handed, so that it can be driven without an event loop.
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 
+from gwproxy.core.identity import Organization, User
 from gwproxy.core.ledger import (
     Balance,
     BrokenLedger,
@@ -41,12 +42,13 @@ from gwproxy.core.records import (
     Breaker,
     Close,
     Held,
+    Import,
     Reserve,
     Settle,
     decode,
     encode,
 )
-from gwproxy.storage import audit
+from gwproxy.storage import audit, imports
 from gwproxy.storage.database import (
     BackupRefused,
     DatabaseDamaged,
@@ -169,7 +171,7 @@ async def load_state(
     database: Tables,
     *,
     breathe: Callable[[], Awaitable[None]],
-    directory: Callable[[Admin], None] | None = None,
+    directory: Callable[[Admin | Import], None] | None = None,
 ) -> State:
     """The state at the applied mark. It holds the balances of the last 62 days, and older ones that
     something is still held on. The directory's rows are loaded by `storage.directory.load`."""
@@ -384,7 +386,13 @@ _ADVANCE: Final = """
     WHERE applied_lsn = ? AND ledger_id = ?"""
 
 
-def write(connection: sqlite3.Connection, batch: Batch, state: State, mark: Mark) -> None:
+Rows = Callable[[Import], Iterable[Organization | User]]
+"""The rows of an import, from its file."""
+
+
+def write(
+    connection: sqlite3.Connection, batch: Batch, state: State, mark: Mark, rows_of: Rows
+) -> None:
     """Write what `batch` has changed, as `state` has it now, and the mark; within a transaction.
 
     That is looked at before each statement: where SQLite has rolled back by itself, all that follow
@@ -422,7 +430,7 @@ def write(connection: sqlite3.Connection, batch: Batch, state: State, mark: Mark
         assert_in_transaction(connection)
         connection.executemany("DELETE FROM balance WHERE account = ? AND period = ?", archived)
     for record, entries in batch.others:
-        _write_other(connection, record, entries)
+        _write_other(connection, record, entries, rows_of)
 
     assert_in_transaction(connection)
     moved = connection.execute(
@@ -445,7 +453,7 @@ def _each(connection: sqlite3.Connection, sql: str, rows: Sequence[Sequence[Any]
 
 
 def _write_other(
-    connection: sqlite3.Connection, record: AnyRecord, entries: Sequence[Entry]
+    connection: sqlite3.Connection, record: AnyRecord, entries: Sequence[Entry], rows_of: Rows
 ) -> None:
     lsn, t = record.lsn, record.t
     assert_in_transaction(connection)
@@ -456,7 +464,11 @@ def _write_other(
             )
             audit.adjusted(connection, record)
         case Admin():
-            audit.changed(connection, record)
+            audit.changed(connection, record, record.action, record.row)
+        case Import():
+            for place, row in enumerate(rows_of(record), start=1):
+                audit.changed(connection, record, "import", row, place)
+            audit.imported(connection, record)
         case Close():
             connection.execute(
                 "INSERT INTO closed VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -644,6 +656,8 @@ class Writer:
         self._failures = 0
         self._waiting_since: float | None = None
         """Since when there have been records and no commit."""
+        self._progressed = 0.0
+        """When an import was last seen to go on."""
         self._woken = asyncio.Event()
         self._awaited: list[tuple[int, asyncio.Future[None]]] = []
 
@@ -730,7 +744,7 @@ class Writer:
         ledger_id, epoch = self._journal.ledger_id, self._journal.epoch
         mark = Mark(ledger_id, epoch, cursor.lsn, cursor.chain, state.t)
         committing = self._now()
-        await self._database.commit(lambda c: write(c, batch, state, mark))
+        await self._database.commit(lambda c: write(c, batch, state, mark, self._rows_of))
         self.committed(self._now() - committing)
         place.cursor = cursor
         self.applied = cursor.lsn
@@ -738,6 +752,15 @@ class Writer:
         self._committed(batch.count < MOST_RECORDS and self._now() - started < BACK_WITHIN_S)
         await self._database.checkpoint()
         return batch.count
+
+    def _rows_of(self, record: Import) -> Iterator[Organization | User]:
+        """In the database's thread. However long it takes: slow is not lost."""
+        for number, row in enumerate(
+            imports.read(self._journal.files, self._journal.directory, record)
+        ):
+            if number % _ROWS == 0:
+                self._progressed = self._now()
+            yield row
 
     def _committed(self, in_time: bool) -> None:
         self._failures, self._fault, self._waiting_since = 0, None, None
@@ -767,7 +790,7 @@ class Writer:
 
     def _stalled(self) -> bool:
         since = self._waiting_since
-        return since is not None and self._now() - since >= LOST_AFTER_S
+        return since is not None and self._now() - max(since, self._progressed) >= LOST_AFTER_S
 
     def _change(self, state: Storage, cause: str) -> None:
         if state is not self.state:

@@ -140,6 +140,18 @@ async def attempted(reader: Reader, chosen: Chosen) -> dict[str, tuple[int, int,
     return {row[0]: (row[1], row[2], row[3]) for row in rows}
 
 
+async def adjustments(
+    reader: Reader, month: str, after: Sequence[Any], most: int
+) -> list[sqlite3.Row]:
+    """The lines of a month's accounts that no request stands behind, after the key `after`."""
+    return await reader.read(
+        "SELECT lsn, account, type, amount, t, actor, reason FROM entry"
+        " WHERE period = ? AND type NOT IN ('settle', 'overrun')"
+        " AND (lsn, account, type) > (?, ?, ?) ORDER BY lsn, account, type LIMIT ?",
+        (month, *(after or (0, "", "")), most),
+    )
+
+
 # -- looking back at requests --------------------------------------------------------------------
 
 
