@@ -1118,7 +1118,10 @@ class _Reader:
             for link in self._table("models.*", name).get("chain", ()):
                 try:
                     entry = self._entry(link, providers)
-                except _Wrong as wrong:
+                except _Wrong as no_provider:
+                    wrong = no_provider
+                    if link.provider in self._branch("models"):
+                        wrong = self._chain_in_chain(name, link.provider)
                     self._problem(f"{path}.chain", wrong.what, wrong.cure)
                     continue
                 if (entry.provider, entry.model) in [(one.provider, one.model) for one in chain]:
@@ -1135,6 +1138,20 @@ class _Reader:
         elif auto := self._auto(providers):
             models["auto"] = Model("auto", auto)
         return models
+
+    def _chain_in_chain(self, name: str, other: str) -> _Wrong:
+        """What is wrong with a chain that names another one, or itself."""
+        way = [name]
+        while other and other not in way:
+            way.append(other)
+            links = self._table("models.*", other).get("chain", ())
+            names = [link.provider for link in links]
+            other = next((each for each in names if each in self._branch("models")), "")
+        if other == name:
+            what = f"leads in a circle: {' -> '.join([*way, name])}"
+        else:
+            what = f"names the chain {_show(way[1])}, which is no provider"
+        return _Wrong(what, "list the providers themselves: no chain has another one in it")
 
     def _entry(self, link: _Link, providers: Mapping[str, Provider]) -> ChainEntry:
         """A candidate whose provider is one of the tables (by its name, its prefix or an alias)

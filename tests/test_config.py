@@ -1011,6 +1011,29 @@ def test_a_chain_that_leads_nowhere_is_refused(file: Path, chain: str, said: str
     assert line.startswith("config.toml: models.m.chain: ") and said in line
 
 
+@pytest.mark.parametrize(
+    ("chains", "said"),
+    [
+        ({"a": ["a"]}, "models.a.chain: leads in a circle: a -> a; list the providers themselves"),
+        ({"a": ["gemini", "b"], "b": ["c"], "c": ["a"]}, "leads in a circle: a -> b -> c -> a; "),
+        ({"a": ["b"], "b": ["c"], "c": ["b"]}, 'a.chain: names the chain "b", which is no provid'),
+        ({"a": ["b"], "b": ["gemini"]}, 'names the chain "b", which is no provider; list the prov'),
+        ({"a": []}, "a.chain: must be a list with at least one provider; write chain = "),
+    ],
+)
+def test_a_chain_of_chains_is_refused_and_so_is_an_empty_one(
+    file: Path, chains: dict[str, list[str]], said: str
+) -> None:
+    text = "".join(f"[models.{name}]\nchain = {chain}\n" for name, chain in chains.items())
+    assert said in refusal(file, f"{THREE}{text}")[0]
+
+
+def test_a_negative_weight_is_refused(file: Path) -> None:
+    text = f'{THREE}[models.m]\nchain = [{{ provider = "gemini", weight = -1 }}]\n'
+    (line,) = refusal(file, text)
+    assert "entry 1: weight -1 is out of range; write a number from 0 to 1000000" in line
+
+
 def test_a_chain_knows_prefixes_aliases_and_the_catalogue(file: Path) -> None:
     chain = '["google", "google-ai-studio", { provider = "xai", model = "grok-4" }]'
     text = f"{THREE}[models.m]\nchain = {chain}\n"
