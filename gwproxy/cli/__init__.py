@@ -10,6 +10,7 @@ from gwproxy import __version__
 
 FAMILIES: Final[Mapping[str, str]] = {
     "serve": "serve",
+    "reload": "serve",
     "check-config": "check",
     "demo": "demo",
     "demo-upstream": "demo",
@@ -20,6 +21,8 @@ FAMILIES: Final[Mapping[str, str]] = {
     "providers": "providers",
     "prices": "prices",
     "ledger": "ledger",
+    "backup": "backup",
+    "restore": "backup",
     "doctor": "doctor",
     "cloudflare": "cloudflare",
     "reconcile": "reconcile",

@@ -261,11 +261,13 @@ def _body(**fields: Any) -> bytes:
 # -- how a command runs --------------------------------------------------------------------------
 
 
-def runs(command: Command) -> Callable[[argparse.Namespace], int]:
+def runs(command: Command, *, of_server: bool = False) -> Callable[[argparse.Namespace], int]:
+    """`of_server`: it means nothing without a running one."""
+
     def run(args: argparse.Namespace) -> int:
         try:
             config = load(find_config(args.config, os.environ), os.environ, catalogue=CATALOGUE)
-            return asyncio.run(_run(args, config, command))
+            return asyncio.run(_run(args, config, command, of_server))
         except ConfigError as error:
             say(str(error))
             return WRONG_USAGE
@@ -282,8 +284,8 @@ def runs(command: Command) -> Callable[[argparse.Namespace], int]:
     return run
 
 
-async def _run(args: argparse.Namespace, config: Config, command: Command) -> int:
-    if args.url is not None:
+async def _run(args: argparse.Namespace, config: Config, command: Command, of_server: bool) -> int:
+    if of_server or args.url is not None:
         return await command(args, _over_http(config, args.url))
     try:
         async with opened(config) as store:

@@ -8,6 +8,8 @@ import uvloop
 
 from gwproxy.app import serve
 from gwproxy.assets import AssetError
+from gwproxy.cli.directory import Ask, Call, common_arguments, runs
+from gwproxy.cli.printing import print_json
 from gwproxy.config import Config, ConfigError, find_config, load
 from gwproxy.core.routing import CATALOGUE
 from gwproxy.log import Log
@@ -30,6 +32,24 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     )
     parser.add_argument("--config", metavar="FILE", help="default: $GWPROXY_CONFIG, ./config.toml")
     parser.set_defaults(func=run)
+    reload = subparsers.add_parser(
+        "reload",
+        parents=[common_arguments()],
+        help="have the running server take its configuration anew, without dropping a stream",
+        description="As SIGHUP, which the log answers; here the answer is printed.",
+    )
+    reload.set_defaults(func=runs(_reload, of_server=True))
+
+
+async def _reload(args: argparse.Namespace, call: Call) -> int:
+    answer = await call(Ask("POST", ("reload",)))
+    if args.json:
+        print_json(answer)
+        return FINE
+    print("The configuration is in force.")
+    for setting in answer["needs_restart"]:
+        print(f"{setting}: stays as it was until a restart")
+    return FINE
 
 
 def run(args: argparse.Namespace) -> int:

@@ -280,8 +280,9 @@ class Store:
         state = await load_state(database, breathe=_breathe, directory=change)
         recent = Recent()
         lately = Lately(int(wall() * 1000))
-        rows = await database.run(functools.partial(reports.admitted_since, t=lately.since_ms))
-        lately.stored(rows, state)
+        lately.stored(
+            await database.run(functools.partial(reports.admitted_since, t=lately.since_ms)), state
+        )
         since = loaded_since(mark.t)
         older = Older(database, state, since)
         replayed = await _replay(kept, found, mark, state, recent, older, lately)

@@ -47,36 +47,54 @@ async def backup_to(database: Database, file: Path) -> Mark:
     return await _backup(database, file.with_name(file.name + _UNFINISHED), name)
 
 
+def copy_of(path: Path, file: Path) -> Mark:
+    """The same of a database that another process may be writing to."""
+    if file.exists() and not file.is_file():
+        raise BackupRefused(f"{file}: is there already, and is not a file.")
+    unfinished = file.with_name(file.name + _UNFINISHED)
+    return _copied(path, unfinished, lambda mark: file, fault=lambda: None, stopped=lambda: False)
+
+
 async def _backup(database: Database, unfinished: Path, name: Callable[[Mark], Path]) -> Mark:
     stopped = False
-
-    def make() -> Mark:
-        try:
-            # VACUUM INTO fills an empty file and keeps its mode.
-            unfinished.unlink(missing_ok=True)
-            os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-            # A connection of its own, that only reads: the writer's would be kept from writing.
-            with closing(_opened(database.path, "mode=ro")) as connection:
-                connection.set_progress_handler(lambda: stopped, _INTERRUPTIBLE_OPS)
-                connection.execute("VACUUM INTO ?", (str(unfinished),))
-            mark = checked(unfinished)
-            fault = database.fault()
-            if fault is not None:
-                raise BackupRefused(f"{database.path}: no backup was made: {fault}.")
-            _to_disk(unfinished)
-            unfinished.replace(name(mark))
-            OS_FILES.fsync_directory(unfinished.parent)
-            return mark
-        except (sqlite3.Error, OSError) as error:
-            raise BackupRefused(f"{unfinished}: no backup was made: {error}.") from error
-        finally:
-            with suppress(OSError):
-                unfinished.unlink()
-
+    make = partial(
+        _copied, database.path, unfinished, name, fault=database.fault, stopped=lambda: stopped
+    )
     try:
         return await asyncio.to_thread(make)
     finally:
         stopped = True  # of use only where this was cancelled
+
+
+def _copied(
+    path: Path,
+    unfinished: Path,
+    name: Callable[[Mark], Path],
+    *,
+    fault: Callable[[], str | None],
+    stopped: Callable[[], bool],
+) -> Mark:
+    try:
+        # VACUUM INTO fills an empty file and keeps its mode.
+        unfinished.unlink(missing_ok=True)
+        os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        # A connection of its own, that only reads: the writer's would be kept from writing.
+        with closing(_opened(path, "mode=ro")) as connection:
+            connection.set_progress_handler(stopped, _INTERRUPTIBLE_OPS)
+            connection.execute("VACUUM INTO ?", (str(unfinished),))
+        mark = checked(unfinished)
+        wrong = fault()
+        if wrong is not None:
+            raise BackupRefused(f"{path}: no backup was made: {wrong}.")
+        _to_disk(unfinished)
+        unfinished.replace(name(mark))
+        OS_FILES.fsync_directory(unfinished.parent)
+        return mark
+    except (sqlite3.Error, OSError) as error:
+        raise BackupRefused(f"{unfinished}: no backup was made: {error}.") from error
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 def checked(file: Path) -> Mark:
@@ -86,6 +104,9 @@ def checked(file: Path) -> Mark:
             verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
             if verdict != "ok":
                 raise BackupRefused(f"{file}: damaged ({verdict}).")
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version > packaged()[-1].version:
+                raise BackupRefused(f"{file}: made by a newer gwproxy (schema {version}).")
             mark = mark_of(connection)
             wrong = next(unbalanced(connection), None)
     except sqlite3.Error as error:

@@ -228,7 +228,7 @@ class Database:
         `create=False` refuses one that is missing or empty: there has been one. `rebuild` is asked
         for what can put a good file in the place of one that is gone; see `replace`.
         """
-        lock_fd = _lock(path)
+        lock_fd = lock(path)
         database = cls(path, lock_fd, packaged() if migrations is None else list(migrations))
         try:
             try:
@@ -485,8 +485,8 @@ def packaged() -> list[Migration]:
 # -- opening, in order ---------------------------------------------------------------------------
 
 
-def _lock(path: Path) -> int:
-    """Take the lock beside the database."""
+def lock(path: Path) -> int:
+    """Take the lock beside the database; the descriptor, whose close gives it back."""
     lock_path = path.with_name(path.name + ".lock")
     try:
         return locks.take(lock_path)

@@ -6,13 +6,16 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 from urllib.parse import quote
 
+from gwproxy.core.ledger import State, apply
+from gwproxy.core.records import decode
 from gwproxy.storage.database import DatabaseRefused
 from gwproxy.storage.files import OS_FILES
-from gwproxy.storage.ledger import Mark, mark_of
+from gwproxy.storage.ledger import Mark, load_state, mark_of
 from gwproxy.storage.scan import Scan, boot_id, scan
+from gwproxy.storage.segments import CHUNK_BYTES, JournalRefused
 
 T = TypeVar("T")
 
@@ -38,6 +41,32 @@ def tables(path: Path) -> Iterator[Tables]:
             yield Tables(connection)
     except sqlite3.Error as error:
         raise DatabaseRefused(f"{path}: {error}.") from error
+
+
+async def state(tables: Tables, found: Scan) -> State:
+    """The ledger at the journal's end; Gap, JournalRefused or BrokenLedger."""
+    stored = await load_state(tables, breathe=_at_once)
+    trail, mark = found.trail, tables.mark
+    if not trail.segments or trail.end.lsn < mark.lsn:
+        return stored
+    cursor = trail.find(mark.lsn)
+    if found.ledger_id != mark.ledger_id or cursor.chain != mark.chain:
+        raise JournalRefused(
+            f"{trail.directory}: is not the journal of this database. "
+            "Set [storage] path and journal to two that belong together."
+        )
+    while cursor.lsn < trail.end.lsn:
+        payloads, cursor = trail.read(cursor, _PAGE, CHUNK_BYTES)
+        for payload in payloads:
+            apply(stored, decode(payload))
+    return stored
+
+
+_PAGE: Final = 1000
+
+
+async def _at_once() -> None:
+    """Nobody else waits for this process."""
 
 
 def journal(directory: Path, applied_lsn: int) -> Scan:
