@@ -41,7 +41,7 @@ from gwproxy.core.learned import Factors, OutputLengths
 from gwproxy.core.messages import MessagesRequest
 from gwproxy.core.pricing import PriceBook
 from gwproxy.core.responses import ResponsesRequest
-from gwproxy.core.routing import CATALOGUE, OPENAI, Link, Provider, Routes, max_tokens_field
+from gwproxy.core.routing import CATALOGUE, OPENAI, REST, Link, Provider, Routes, max_tokens_field
 from gwproxy.core.tokens import ByteEstimate, Counter, choose_counter
 from gwproxy.intake import Intake
 from gwproxy.listener import Listener, request_ids
@@ -370,6 +370,7 @@ class App:
                 root=provider.root,
                 flavour=provider.flavour,
                 token=provider.token.reveal() if provider.token else None,
+                gateway=config.upstream.gateway_id if provider.flavour == REST else None,
             )
             for name, provider in config.providers.items()
         }
@@ -378,6 +379,7 @@ class App:
             root=config.upstream.root,
             flavour=config.upstream.flavour,
             token=config.upstream.token.reveal() if config.upstream.token else None,
+            gateway=config.upstream.gateway_id if config.upstream.flavour == REST else None,
         )
         patience = Patience(
             first_byte_s=config.upstream.first_byte_timeout_s,

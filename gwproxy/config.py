@@ -22,7 +22,8 @@ from typing import Annotated, Any, Final, Literal, TypeVar, cast, get_type_hints
 from urllib.parse import urlsplit
 
 from gwproxy.core.money import Nanos, parse_rate, parse_usd
-from gwproxy.core.upstream_words import COMPAT_ROOT, MANAGEMENT_ROOT
+from gwproxy.core.routing import COMPAT, OPENAI, REST
+from gwproxy.core.upstream_words import COMPAT_ROOT, MANAGEMENT_ROOT, REST_ROOT
 
 T = TypeVar("T")
 
@@ -251,13 +252,7 @@ def _one_of(*choices: str) -> Parse[str]:
     return parse
 
 
-def _flavour(raw: _Raw) -> str:
-    text = _one_of("cloudflare-compat", "cloudflare-rest", "openai")(raw)
-    if text == "cloudflare-rest":
-        raise _Wrong(
-            '"cloudflare-rest" is not available in this version', 'use "cloudflare-compat"'
-        )
-    return text
+_flavour = _one_of(COMPAT, REST, OPENAI)
 
 
 def _matching(pattern: str, form: str) -> Parse[str]:
@@ -1032,7 +1027,7 @@ class _Reader:
             )
         self._check_secret(token, "upstream", "token")
         self._check_upstream_token(token, flavour, "upstream.token")
-        upstream = Upstream(root=base_url or _cloudflare_root(found), **found)
+        upstream = Upstream(root=base_url or _cloudflare_root(flavour, found), **found)
         if upstream.total_timeout_s < upstream.answer_timeout_s:
             self.warnings.append(
                 "upstream.total_timeout_s is below answer_timeout_s: it ends the wait before"
@@ -1085,7 +1080,9 @@ class _Reader:
                 self._problem(f"{path}.base_url", *_OPENAI_NEEDS_BASE_URL)
         else:
             ids = {"account_id": upstream.account_id, "gateway_id": upstream.gateway_id}
-            root = _cloudflare_root(ids)
+            root = _cloudflare_root(flavour, ids)
+            if token is None and upstream.flavour != OPENAI and upstream.base_url is None:
+                token = found["token"] = upstream.token  # both are Cloudflare's
             if token is None or None in ids.values():
                 self._problem(
                     path,
@@ -1101,6 +1098,12 @@ class _Reader:
                     f"{path} has a base_url of its own but no token: requests go there without one"
                 )
         prefix, model = found.get("prefix"), found.get("model")
+        if flavour == REST and (prefix or "").startswith("custom-"):
+            self._problem(
+                f"{path}.flavour",
+                "custom providers are not on the REST API",
+                'write flavour = "cloudflare-compat" there',
+            )
         if prefix and model and model.startswith(f"{prefix}/"):
             self.warnings.append(
                 f"{path}.model repeats the prefix: the upstream is asked for {prefix}/{model}"
@@ -1452,8 +1455,9 @@ def _is_loopback(url: str) -> bool:
         return False
 
 
-def _cloudflare_root(ids: Mapping[str, Any]) -> str:
-    return COMPAT_ROOT.format(account=ids.get("account_id"), gateway=ids.get("gateway_id"))
+def _cloudflare_root(flavour: str, ids: Mapping[str, Any]) -> str:
+    root = REST_ROOT if flavour == REST else COMPAT_ROOT
+    return root.format(account=ids.get("account_id"), gateway=ids.get("gateway_id"))
 
 
 def _kind(value: object) -> str:

@@ -51,7 +51,8 @@ def config(demo: DemoUpstream, flavour: str, upstream: str = "") -> str:
     """The text of a configuration file. `upstream` is added to its table of that name."""
     if flavour == "openai":
         return _HEAD.format(flavour=flavour, base_url=f"{demo.url}/v1", upstream=upstream)
-    head = _HEAD.format(flavour=flavour, base_url=demo.compat_url, upstream=upstream)
+    base_url = demo.rest_url if flavour == "cloudflare-rest" else demo.compat_url
+    head = _HEAD.format(flavour=flavour, base_url=base_url, upstream=upstream)
     return head + _PROVIDERS
 
 

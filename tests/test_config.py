@@ -307,7 +307,7 @@ def test_all_problems_are_told_at_once_one_a_line(file: Path) -> None:
         (
             "providers.a",
             'flavour = "cloudflare-rest"',
-            'providers.a.flavour: "cloudflare-rest" is not available in this version; use',
+            "the flavour cloudflare-rest needs a token here and both ids in [upstream]; add",
         ),
         (
             "providers.a",
@@ -509,9 +509,17 @@ def test_the_openai_flavour_needs_an_address(file: Path) -> None:
     assert line.startswith("config.toml: providers.a.base_url: is missing")
 
 
-def test_the_rest_flavour_says_that_it_is_not_there_yet(file: Path) -> None:
-    (line,) = refusal(file, '[upstream]\nflavour = "cloudflare-rest"\n', CLOUDFLARE)
-    assert '"cloudflare-rest" is not available in this version; use "cloudflare-compat"' in line
+def test_the_rest_flavour_has_an_address_of_its_own(file: Path) -> None:
+    upstream = loaded(file, '[upstream]\nflavour = "cloudflare-rest"\n', CLOUDFLARE).upstream
+    assert upstream.root == "https://api.cloudflare.com/client/v4/accounts/acc0123/ai/v1"
+    # Beside the gateway's other address it takes the same token: both are Cloudflare's.
+    both = loaded(file, '[providers.a]\nflavour = "cloudflare-rest"\n', CLOUDFLARE)
+    assert both.providers["a"].root == upstream.root
+    assert both.providers["a"].token == both.upstream.token
+    (line,) = refusal(
+        file, '[providers.a]\nflavour = "cloudflare-rest"\nprefix = "custom-hf"\n', CLOUDFLARE
+    )
+    assert "custom providers are not on the REST API; write flavour" in line
 
 
 @pytest.mark.parametrize(

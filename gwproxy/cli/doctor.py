@@ -20,7 +20,7 @@ from gwproxy.cloudflare.doctor import Check, Doctor, Plan, State, all_good, seen
 from gwproxy.cloudflare.probe import Target
 from gwproxy.config import Config, ConfigError, find_config, load
 from gwproxy.core.pricing import PriceBook
-from gwproxy.core.routing import CATALOGUE, Candidate, Routes, candidate_of
+from gwproxy.core.routing import CATALOGUE, REST, Candidate, Routes, candidate_of
 from gwproxy.core.upstream_words import CHAT_PATHS
 
 FINE: Final = 0
@@ -132,6 +132,7 @@ def _target(config: Config, candidate: Candidate, variable: str) -> Target:
         candidate.provider.prefix or candidate.provider.prices,
         candidate.provider.max_tokens_field,
         f"{candidate.provider.name.upper().replace('-', '_')}_TOKEN" if own else variable,
+        rest=flavour == REST,
     )
 
 

@@ -50,10 +50,12 @@ class Target:
     """The gateway's name for the provider."""
     max_tokens_field: str = "max_tokens"
     variable: str = "CLOUDFLARE_API_TOKEN"
+    rest: bool = False
+    """By Cloudflare's REST API, which takes its token where everybody else does."""
 
     @property
     def header(self) -> str:
-        return "cf-aig-authorization" if self.cloudflare else "Authorization"
+        return "cf-aig-authorization" if self.cloudflare and not self.rest else "Authorization"
 
     def body(self, stream: bool) -> dict[str, Any]:
         body: dict[str, Any] = {

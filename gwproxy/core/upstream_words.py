@@ -27,17 +27,20 @@ from gwproxy.core.outcomes import (
     Outcome,
     of_status,
 )
-from gwproxy.core.routing import COMPAT, OPENAI
+from gwproxy.core.routing import COMPAT, OPENAI, REST
 
 USER_AGENT = f"gwproxy/{__version__}"
 """Our own name: Cloudflare's edge answers library defaults such as Python-urllib's with a 403."""
 
 COMPAT_ROOT = "https://gateway.ai.cloudflare.com/v1/{account}/{gateway}"
 
+REST_ROOT = "https://api.cloudflare.com/client/v4/accounts/{account}/ai/v1"
+
 MANAGEMENT_ROOT = "https://api.cloudflare.com/client/v4"
 
 CHAT_PATHS = {
     COMPAT: "/compat/chat/completions",
+    REST: "/chat/completions",
     OPENAI: "/chat/completions",
 }
 """What each flavour appends to its root for a chat completion."""
@@ -55,12 +58,24 @@ _NATIVE_PATHS = {
 }
 
 
+_REST = frozenset(
+    {
+        ("openai", Api.RESPONSES),
+        ("anthropic", Api.MESSAGES),
+        ("workers-ai", Api.EMBEDDINGS),
+    }
+)
+"""What the REST API has besides chat; each has the same address for all of its models."""
+
+
 def path_of(api: Api, flavour: str, prefix: str) -> str | None:
     """What is appended to the root for a call of this API at this provider; None: it has none."""
     if api is Api.CHAT:
         return CHAT_PATHS[flavour]
     if flavour == OPENAI:
         return f"/{_TAILS[api]}"
+    if flavour == REST:
+        return f"/{_TAILS[api]}" if (prefix, api) in _REST else None
     if prefix.startswith("custom-"):
         # A custom provider is an address; what speaks one of these APIs has it below /v1.
         return f"/{prefix}/v1/{_TAILS[api]}"
