@@ -303,9 +303,10 @@ class App:
                 guard=admins_only,
                 identified=True,
             )
-            for each in (
-                *admin_routes(store, ProviderPlane(providers, accounts, ledger)),
-                *Process(self.reload, store.back_up).routes(),
+            for each in admin_routes(
+                store,
+                ProviderPlane(providers, accounts, ledger),
+                Process(self.reload, store.back_up).routes(),
             )
         ]
         bulk = BulkHandler(Bulk(store), auth)

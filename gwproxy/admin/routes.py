@@ -48,9 +48,11 @@ HttpHandler = Callable[..., Awaitable[web.StreamResponse]]
 """Called with the request, its id, and the parameters of its path by their names."""
 
 
-def routes(store: Store, providers: Providers | None = None) -> tuple[Route, ...]:
+def routes(
+    store: Store, providers: Providers | None = None, more: Iterable[Route] = ()
+) -> tuple[Route, ...]:
     """All that can be asked of the admin plane of `store`; None: of a plane that has no providers
-    behind it."""
+    behind it. `more`: of the process, where there is one that runs."""
     usage = Usage(store)
     table = (
         *_of_users(Users(store.directory)),
@@ -62,6 +64,7 @@ def routes(store: Store, providers: Providers | None = None) -> tuple[Route, ...
         *Audit(store).routes(),
         *(() if providers is None else providers.routes()),
         *Reconciliation(store).routes(),
+        *more,
     )
     return (*table, *OpenApi(table).routes)
 
