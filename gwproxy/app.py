@@ -306,15 +306,10 @@ class App:
             for each in admin_routes(
                 store,
                 ProviderPlane(providers, accounts, ledger),
-                Process(self.reload, store.back_up).routes(),
-            )
-        ]
-        bulk = BulkHandler(Bulk(store), auth)
-        admin += [
-            Route(method, path, handler, "admin", guard=admins_only, identified=True)
-            for method, path, handler in (
-                ("GET", "/admin/export", bulk.export),
-                ("POST", "/admin/import", bulk.import_),
+                (
+                    *Process(self.reload, store.back_up).routes(),
+                    *BulkHandler(Bulk(store), auth).routes(),
+                ),
             )
         ]
         scrape_guard = None

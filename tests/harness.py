@@ -21,7 +21,7 @@ from gwproxy import assets
 from gwproxy.admin.auth import AdminAuth
 from gwproxy.admin.routes import BODY_LIMIT_BYTES, over_http, routes
 from gwproxy.app import App
-from gwproxy.config import load
+from gwproxy.config import Config, load
 from gwproxy.core.api import Api
 from gwproxy.core.errors import GatewayError
 from gwproxy.core.pricing import PriceBook
@@ -80,9 +80,12 @@ class Gateway(BaseTestServer):
         path = self._folder / "config.toml"
         path.write_text(self._config)
         path.chmod(0o600)
-        config = load(path, self._environ, catalogue=CATALOGUE)
+
+        def source() -> Config:
+            return load(path, self._environ, catalogue=CATALOGUE)
+
         self.log.start()
-        self.app = await App.start(config, self.log, tokenizer(), prices())
+        self.app = await App.start(source(), self.log, tokenizer(), prices(), source=source)
         self._root = URL(self.app.addresses[0])
         self.host, self.port, self.scheme = self._root.host or "", self._root.port, "http"
 

@@ -32,9 +32,18 @@ class Answer:
     """Of the row that is shown: its ETag."""
 
 
-Handler = Callable[..., Awaitable[Answer]]
+Handler = Callable[..., Awaitable[Any]]
 """Called with the Ask, the parameters of the path by their names, and, where the route has them,
-`query` and `body`."""
+`query` and `body`; it gives an Answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """Of a route whose bodies fit neither in memory nor into one answer: it is called with the
+    HTTP request and its id, checks who asks, and gives the response. In these media types:"""
+
+    takes: tuple[str, ...] = ()
+    gives: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +58,7 @@ class Route:
     query: type[msgspec.Struct] | None = None
     body: type[msgspec.Struct] | None = None
     answers: type[msgspec.Struct] | None = None
+    streams: Streams | None = None
     status: int = 200
     conditional: bool = False
     """It heeds `If-Match`."""

@@ -19,6 +19,7 @@ from aiohttp import web
 
 from gwproxy.admin import body as checked
 from gwproxy.admin import organizations, users
+from gwproxy.admin.ask import Route, Streams
 from gwproxy.admin.auth import AdminAuth
 from gwproxy.admin.body import UNSET, Unset
 from gwproxy.admin.query import Query, day_out
@@ -240,6 +241,13 @@ class ExportQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     month: str | Unset = UNSET
 
 
+class ImportReport(msgspec.Struct):
+    dry_run: bool
+    committed: bool
+    counts: dict[str, int]
+    rows: list[Line]
+
+
 class Bulk:
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -401,6 +409,29 @@ class BulkHandler:
     def __init__(self, bulk: Bulk, auth: AdminAuth) -> None:
         self._bulk = bulk
         self._auth = auth
+
+    def routes(self) -> tuple[Route, ...]:
+        media_types = tuple(MEDIA_TYPES.values())
+        return (
+            Route(
+                method="GET",
+                path="/admin/export",
+                do=self.export,
+                summary="Export users and organizations, or what a month was used.",
+                query=ExportQuery,
+                streams=Streams(gives=media_types),
+            ),
+            Route(
+                method="POST",
+                path="/admin/import",
+                do=self.import_,
+                summary="Import users or organizations: all rows, or none.",
+                query=ImportQuery,
+                answers=ImportReport,
+                streams=Streams(takes=media_types),
+                refusals=(409,),
+            ),
+        )
 
     async def import_(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
         by = self._auth.check(request.headers, request.remote, request_id)

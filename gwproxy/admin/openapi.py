@@ -120,6 +120,8 @@ def _operation(route: Route, table: list[Route]) -> dict[str, Any]:
     if route.body is not None:
         needs = any(field.required for field in msgspec.structs.fields(route.body))
         operation["requestBody"] = {"required": needs, "content": _content(route.body)}
+    if route.streams is not None and route.streams.takes:
+        operation["requestBody"] = {"required": True, "content": _text(route.streams.takes)}
     return operation
 
 
@@ -193,7 +195,9 @@ def _headers(route: Route) -> list[dict[str, Any]]:
 
 def _responses(route: Route, about_one: bool) -> dict[str, Any]:
     good: dict[str, Any] = {"description": _WORDS[route.status]}
-    if route.status != 204:
+    if route.streams is not None and route.streams.gives:
+        good["content"] = _text(route.streams.gives)
+    elif route.status != 204:
         good["content"] = _content(route.answers)
     refusals = {*_ANY_ROUTE, *route.refusals}
     if route.writes:
@@ -204,10 +208,14 @@ def _responses(route: Route, about_one: bool) -> dict[str, Any]:
         refusals.add(412)
     if route.repeatable:
         refusals.add(409)
-    if route.body is not None:
+    if route.body is not None or route.streams is not None:
         refusals.update(_WITH_BODY)
     bad = {str(status): {"$ref": f"#/components/responses/{status}"} for status in sorted(refusals)}
     return {str(route.status): good, **bad}
+
+
+def _text(media_types: Iterable[str]) -> dict[str, Any]:
+    return {each: {"schema": {"type": "string"}} for each in media_types}
 
 
 def _content(shape: type[msgspec.Struct] | None) -> dict[str, Any]:

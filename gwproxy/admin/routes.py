@@ -242,6 +242,8 @@ def _of_organizations(organizations: Organizations, users: Users) -> tuple[Route
 
 def over_http(route: Route, auth: AdminAuth, intake: Intake, repeats: Repeats) -> HttpHandler:
     """The route behind the admin key, for the front."""
+    if route.streams is not None:
+        return route.do
 
     async def handle(
         request: web.BaseRequest, request_id: str, **parameters: str
@@ -262,7 +264,7 @@ def over_http(route: Route, auth: AdminAuth, intake: Intake, repeats: Repeats) -
                 author = replace(author, once=mark)
                 if repeats.find(mark) is not None:
                     headers["Idempotency-Replayed"] = "true"
-        answer = await route.do(Ask(author, match), **given(route, parameters, query, body))
+        answer: Answer = await route.do(Ask(author, match), **given(route, parameters, query, body))
         if answer.version is not None:
             headers["ETag"] = etag(answer.version)
         if answer.value is None:
@@ -297,12 +299,13 @@ async def ask_directly(
     parts = path.split("/")
     for route in table:
         pattern = route.path.split("/")
-        if route.method != method or len(pattern) != len(parts):
+        if route.method != method or len(pattern) != len(parts) or route.streams is not None:
             continue
         pairs = list(zip(pattern, parts, strict=True))
         if all(name == part or name.startswith("{") for name, part in pairs):
             parameters = {name[1:-1]: part for name, part in pairs if name.startswith("{")}
             found = checked.query(query, route.query or _Nothing)
             sent = None if route.body is None else checked.decode(body, route.body)
-            return await route.do(ask, **given(route, parameters, found, sent))
+            answer: Answer = await route.do(ask, **given(route, parameters, found, sent))
+            return answer
     raise NotFound("There is no such route.")
