@@ -182,6 +182,8 @@ class App:
         accounts = self._accounts = Accounts(store.keyring, terms(config))
         metrics.refresh.append(functools.partial(gauges.show_process, metrics, self.log))
         metrics.refresh.append(functools.partial(gauges.show_ledger, metrics, store, accounts))
+        reconciled = functools.partial(gauges.show_reconciled, metrics, store.gateway_side)
+        metrics.refresh.append(reconciled)
         rates = Rates(time.monotonic)
         store.lately.replay(rates, store.keyring, store.ledger.now_ms(), time.monotonic())
         self._books = Books(
@@ -305,7 +307,7 @@ class App:
             )
             for each in admin_routes(
                 store,
-                ProviderPlane(providers, accounts, ledger),
+                ProviderPlane(providers, accounts, ledger, store.gateway_side),
                 (
                     *Process(self.reload, store.back_up).routes(),
                     *BulkHandler(Bulk(store), auth).routes(),
@@ -691,7 +693,7 @@ def admin_plane(config: Config, store: Store, log: Log) -> tuple[AdminRoute, ...
     metrics = Metrics(frozenset(config.providers), frozenset())
     providers = build_providers(config, store, metrics, log)
     accounts = Accounts(store.keyring, terms(config))
-    return admin_routes(store, ProviderPlane(providers, accounts, store.ledger))
+    return admin_routes(store, ProviderPlane(providers, accounts, store.ledger, store.gateway_side))
 
 
 def _fixed(config: Config) -> dict[str, object]:

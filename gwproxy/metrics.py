@@ -8,7 +8,7 @@ thousands of series would hold every stream up for tens of milliseconds.
 
 import platform
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate, islice
 from typing import Final, Generic, TypeVar
 
@@ -292,6 +292,13 @@ class Metrics:
             "model",
             "text",
         )
+        self._reconcile_drift = self._gauge(
+            "gwproxy_reconcile_drift_usd",
+            "What the gateway's log says less what the ledger does, at the last reconciliation.",
+        )
+        self._reconcile_lines = self._gauge(
+            "gwproxy_reconcile_lines", "Lines of the last reconciliation by what was found.", "kind"
+        )
         self.loop_stall = self._spread(
             "gwproxy_loop_stall_seconds", "How late the event loop's coarse timer fired.", _STALL_S
         ).child()
@@ -371,6 +378,12 @@ class Metrics:
 
     def settlement(self, outcome: str) -> Count:
         return self._settlements.child(outcome)
+
+    def reconciled(self, drift_usd: float, lines: Mapping[str, int]) -> None:
+        """How the last reconciliation came out; `lines` by kind, a closed set."""
+        self._reconcile_drift.child().value = drift_usd
+        for kind in {kind for (kind,) in self._reconcile_lines.children} | lines.keys():
+            self._reconcile_lines.child(kind).value = lines.get(kind, 0)
 
     def quota_refusal(self, scope: str) -> Count:
         return self._quota_refusals.child(scope)

@@ -75,6 +75,7 @@ async def test_how_a_provider_stands(start_gateway: StartGateway, upstream: Upst
         "day_usage_usd": "0.000000000",
         "day_held_usd": "0.000000000",
         "resets_at": fresh["resets_at"],
+        "gateway": None,
     }
     upstream.queue = [DOWN]
     assert [await status_of_a_call(front) for _ in range(4)] == [502, 200, 200, 200]

@@ -48,6 +48,7 @@ CONTRACT = {
     "gwproxy_ledger_commit_seconds": (),
     "gwproxy_ledger_queue": (),
     "gwproxy_reconcile_drift_usd": (),
+    "gwproxy_reconcile_lines": ("kind",),
     "gwproxy_loop_stall_seconds": (),
     "gwproxy_tokenizer_fallback": (),
     "gwproxy_token_ratio": ("model", "text"),
@@ -133,6 +134,7 @@ def used() -> Metrics:
     metrics.ledger_commit.observe(0.002)
     metrics.token_ratio("answer", "gpt-4o", 1.02, 0.1)
     metrics.token_ratio("answer", "made-up", 3.0, 0.1)
+    metrics.reconciled(0.5, {"equal": 3})
     return metrics
 
 

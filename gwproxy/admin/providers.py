@@ -1,17 +1,21 @@
 """Providers: how each one stands, and an operator's word on whether it is asked."""
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import msgspec
 
 from gwproxy.admin import body as checked
 from gwproxy.admin.ask import Answer, Ask, Route
+from gwproxy.admin.usage import Gateway
 from gwproxy.core.breaker import State
 from gwproxy.core.money import format_usd
-from gwproxy.core.period import rfc3339
+from gwproxy.core.period import DAY_MS, rfc3339
 from gwproxy.state import providers as standings
 from gwproxy.state.accounts import Accounts, figures
+from gwproxy.state.gateway_side import GatewaySide
 from gwproxy.state.ledger import Ledger
+from gwproxy.storage.reconcile import Sum
 
 Rate = Annotated[
     float | None,
@@ -44,6 +48,10 @@ class Provider(msgspec.Struct):
     day_usage_usd: str
     day_held_usd: str
     resets_at: str
+    gateway: Annotated[
+        Gateway | None,
+        msgspec.Meta(description="of today, by the gateway's log; null: not reconciled yet"),
+    ] = None
 
 
 class ProviderPage(msgspec.Struct):
@@ -57,10 +65,17 @@ class ProviderQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
 
 class Providers:
-    def __init__(self, providers: standings.Providers, accounts: Accounts, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        providers: standings.Providers,
+        accounts: Accounts,
+        ledger: Ledger,
+        gateway_side: GatewaySide,
+    ) -> None:
         self._providers = providers
         self._accounts = accounts
         self._ledger = ledger
+        self._gateway_side = gateway_side
 
     def routes(self) -> list[Route]:
         one = "/admin/providers/{provider}"
@@ -101,21 +116,29 @@ class Providers:
         rest = [each for each in self._providers.all() if each.name > query.cursor]
         page = rest[: query.limit]
         more = page[-1].name if len(rest) > len(page) else None
-        return Answer(ProviderPage([self._shown(each) for each in page], more))
+        seen = await self._today()
+        return Answer(ProviderPage([self._shown(each, seen) for each in page], more))
 
     async def show(self, ask: Ask, provider: str) -> Answer:
-        return Answer(self._shown(self._providers.named(provider)))
+        return await self._answer(self._providers.named(provider))
 
     async def reset(self, ask: Ask, provider: str) -> Answer:
-        return Answer(self._shown(await self._providers.reset(provider, ask.by.actor)))
+        return await self._answer(await self._providers.reset(provider, ask.by.actor))
 
     async def enable(self, ask: Ask, provider: str) -> Answer:
-        return Answer(self._shown(await self._providers.enable(provider, ask.by.actor)))
+        return await self._answer(await self._providers.enable(provider, ask.by.actor))
 
     async def disable(self, ask: Ask, provider: str) -> Answer:
-        return Answer(self._shown(await self._providers.disable(provider, ask.by.actor)))
+        return await self._answer(await self._providers.disable(provider, ask.by.actor))
 
-    def _shown(self, standing: standings.Standing) -> Provider:
+    async def _answer(self, standing: standings.Standing) -> Answer:
+        return Answer(self._shown(standing, await self._today()))
+
+    async def _today(self) -> Mapping[str, Sum]:
+        day = self._ledger.now_ms() // DAY_MS
+        return await self._gateway_side.by_provider(day, day)
+
+    def _shown(self, standing: standings.Standing, seen: Mapping[str, Sum]) -> Provider:
         providers, ledger, breaker = self._providers, self._ledger, standing.breaker
         retry_at = None
         if breaker.state is State.OPEN:
@@ -140,4 +163,5 @@ class Providers:
             day_usage_usd=format_usd(day.spent),
             day_held_usd=format_usd(day.held),
             resets_at=day.resets_at,
+            gateway=None if standing.name not in seen else Gateway.of(seen[standing.name]),
         )

@@ -11,7 +11,6 @@ from gwproxy.core.money import format_usd
 from gwproxy.core.reconcile import Correction
 from gwproxy.state import corrections
 from gwproxy.state.store import Store
-from gwproxy.storage import reconcile as books
 
 Reason = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
 RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
@@ -98,7 +97,7 @@ class Reconciliation:
         )
 
     async def last(self, ask: Ask) -> Answer:
-        found = books.last_run(books.beside(self._store.database.path))
+        found = self._store.gateway_side.last()
         return Answer(LastRun() if found is None else _last(found))
 
 

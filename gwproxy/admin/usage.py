@@ -5,6 +5,7 @@ A report waits a moment for the database to have what memory has, and says what 
 `as_of_lsn` is the last record in it, `behind` the number of records that came after.
 """
 
+from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 import msgspec
@@ -19,6 +20,7 @@ from gwproxy.core.period import rfc3339
 from gwproxy.state.accounts import figures
 from gwproxy.state.store import Store
 from gwproxy.storage import reports
+from gwproxy.storage.reconcile import Sum
 from gwproxy.storage.reports import Chosen, Sought
 
 _TYPES: Final[dict[str, type]] = {"day": int}
@@ -101,6 +103,30 @@ class Sums(msgspec.Struct, kw_only=True):
     mean_duration_ms: int | None
 
 
+class Gateway(msgspec.Struct):
+    """The same by the gateway's own log, as far as it was reconciled. Its cost is an estimate."""
+
+    request_count: int
+    failed_count: int
+    cached_count: int
+    input_tokens: int
+    output_tokens: int
+    cost_usd: ShownUsd
+    mean_duration_ms: int | None
+
+    @classmethod
+    def of(cls, found: Sum) -> "Gateway":
+        return cls(
+            found.requests,
+            found.failed,
+            found.cached,
+            found.input,
+            found.output,
+            format_usd(found.cost),
+            _mean(found.duration_ms, found.requests),
+        )
+
+
 class Line(Sums, kw_only=True):
     """One group: named by what it was grouped by."""
 
@@ -110,6 +136,7 @@ class Line(Sums, kw_only=True):
     user_id: str | Unset = UNSET
     day: str | Unset = UNSET
     attempts: Attempts | Unset = UNSET
+    gateway: Gateway | Unset = UNSET
 
 
 class Report(msgspec.Struct, kw_only=True):
@@ -273,9 +300,12 @@ class Usage:
             rows = await reports.usage(reader, chosen, sent.group_by, after, limit + 1)
             total = await reports.used(reader, chosen)
             attempted = {}
-            if sent.group_by == "provider" and chosen == Chosen(days.first, days.last):
+            of_all = chosen == Chosen(days.first, days.last)
+            if sent.group_by == "provider" and of_all:
                 attempted = await reports.attempted(reader, chosen)
         data = [_group(row, columns) for row in rows[:limit]]
+        if of_all:
+            await self._add_gateway(sent.group_by, data, days.first, days.last)
         for line in data:
             if not isinstance(line.provider, Unset) and (found := attempted.get(line.provider)):
                 line.attempts = _attempts(*found)
@@ -289,6 +319,18 @@ class Usage:
             next_cursor=more,
             **self._freshness(reader.as_of_lsn),
         )
+
+    async def _add_gateway(self, group: Group, data: list[Line], first: int, last: int) -> None:
+        """The other side's figures, where the report is of everybody and it knows the groups."""
+        found: Mapping[Any, Sum] = {}
+        if group == "provider":
+            found = await self._store.gateway_side.by_provider(first, last)
+        elif group == "model":
+            found = await self._store.gateway_side.by_model(first, last)
+        for line in data:
+            named = line.provider if group == "provider" else (line.provider, line.model)
+            if (one := found.get(named)) is not None:
+                line.gateway = Gateway.of(one)
 
     def _freshness(self, as_of_lsn: int) -> dict[str, int]:
         behind = max(0, self._store.ledger.state.lsn - as_of_lsn)

@@ -10,6 +10,7 @@ from gwproxy.core.money import NANOS_PER_USD
 from gwproxy.log import Log
 from gwproxy.metrics import Metrics
 from gwproxy.state.accounts import Accounts
+from gwproxy.state.gateway_side import GatewaySide
 from gwproxy.state.store import Store
 
 _STATM: Final = Path("/proc/self/statm")
@@ -43,3 +44,11 @@ def show_process(metrics: Metrics, log: Log) -> None:
     metrics.resident_bytes.value = int(_STATM.read_bytes().split()[1]) * _PAGE_BYTES
     metrics.open_fds.value = len(os.listdir("/proc/self/fd"))
     metrics.log_lines_dropped.value = log.dropped
+
+
+def show_reconciled(metrics: Metrics, side: GatewaySide) -> None:
+    """How the last reconciliation came out, once there was one."""
+    last = side.last()
+    if last is not None:
+        drift = sum(last["drift_nanos"].values()) / NANOS_PER_USD
+        metrics.reconciled(drift, {name: kind["count"] for name, kind in last["kinds"].items()})

@@ -26,6 +26,7 @@ from gwproxy.log import Log
 from gwproxy.state.adjustments import Adjustments
 from gwproxy.state.archive import Archive
 from gwproxy.state.directory import Directory
+from gwproxy.state.gateway_side import GatewaySide
 from gwproxy.state.imports import Imports, put_all, put_in_force
 from gwproxy.state.keyring import Keyring
 from gwproxy.state.lately import Lately
@@ -138,6 +139,7 @@ class Store:
     ) -> None:
         self._lock = lock
         self.database = database
+        self.gateway_side = GatewaySide(database.path)
         self.journal = journal
         self.ledger = ledger
         self.keyring = keyring

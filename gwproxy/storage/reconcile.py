@@ -282,6 +282,20 @@ class Sum:
     cost: int
     duration_ms: int
 
+    def plus(self, other: "Sum") -> "Sum":
+        """Both, under this one's provider."""
+        return Sum(
+            self.provider,
+            "",
+            self.requests + other.requests,
+            self.failed + other.failed,
+            self.cached + other.cached,
+            self.input + other.input,
+            self.output + other.output,
+            self.cost + other.cost,
+            self.duration_ms + other.duration_ms,
+        )
+
 
 def last_run(path: Path) -> dict[str, Any] | None:
     """The summary of the last run that came to its end; None: there was none."""
