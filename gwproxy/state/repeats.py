@@ -14,6 +14,9 @@ from gwproxy.core.errors import Conflict
 _NAME_BYTES: Final = 16
 _PRINT_BYTES: Final = 8
 
+REMEMBERED: Final = 100_000
+"""The newest ones, 30 MB of them: who sends a request again does so soon."""
+
 
 def once(actor: str, route: str, key: str, body: bytes) -> str:
     """The mark of a request, for its record."""
@@ -35,7 +38,11 @@ class Repeats:
         self._made: dict[str, Made] = {}
 
     def remember(self, mark: str, lsn: int, id: str | None) -> None:
-        self._made.setdefault(mark.partition(".")[0], Made(lsn, id, mark))
+        name = mark.partition(".")[0]
+        if name not in self._made:
+            self._made[name] = Made(lsn, id, mark)
+            if len(self._made) > REMEMBERED:
+                del self._made[next(iter(self._made))]
 
     def find(self, mark: str | None) -> Made | None:
         """What this request has led to already; Conflict where another one had its key."""

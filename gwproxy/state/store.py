@@ -32,7 +32,7 @@ from gwproxy.state.keyring import Keyring
 from gwproxy.state.lately import Lately
 from gwproxy.state.ledger import Clock, Ledger, Recent
 from gwproxy.state.outage import Condition, Outage
-from gwproxy.state.repeats import Repeats
+from gwproxy.state.repeats import REMEMBERED, Repeats
 from gwproxy.state.upkeep import Upkeep
 from gwproxy.storage import directory as storage
 from gwproxy.storage import imports, reports
@@ -265,7 +265,7 @@ class Store:
                 keyring.apply(row)
 
         repeats = Repeats()
-        for made in await storage.load_repeats(database):
+        for made in await storage.load_repeats(database, REMEMBERED):
             repeats.remember(*made)
         awaited: set[str] = set()
 
@@ -304,7 +304,8 @@ class Store:
         clock = Clock(wall, time.monotonic)
         ledger = Ledger(state, journal, clock.now_ms, recent)
         for sent, lsn in state.idempotency.items():
-            repeats.remember(sent, lsn, None)  # of adjustments that the database does not have yet
+            if lsn > mark.lsn:  # of adjustments that the database does not have yet
+                repeats.remember(sent, lsn, None)
         settled = ledger.recover()
         await imports.sweep(database, files, kept.journal, journal.first_lsn, awaited)
         upkeep = Upkeep(journal, log, time.monotonic)

@@ -43,14 +43,15 @@ async def load(database: Database) -> list[Row]:
     ]
 
 
-async def load_repeats(database: Database) -> list[tuple[str, int, str | None]]:
-    """Of each request that was sent under a key of its own: its mark, the record that it led to,
-    and the id of the row that this was about, if it was one."""
+async def load_repeats(database: Database, most: int) -> list[tuple[str, int, str | None]]:
+    """Of the last requests that were sent under a key of their own, oldest first: the mark, the
+    record that it led to, and the id of the row that this was about, if it was one."""
     rows = await database.read(
         "SELECT key, lsn, iif(action IN ('grant', 'reset'), NULL, id) AS id"
-        " FROM idempotency LEFT JOIN audit USING (lsn)"
+        " FROM idempotency LEFT JOIN audit USING (lsn) ORDER BY lsn DESC LIMIT ?",
+        (most,),
     )
-    return [(row["key"], row["lsn"], row["id"]) for row in rows]
+    return [(row["key"], row["lsn"], row["id"]) for row in reversed(rows)]
 
 
 def organizations(connection: sqlite3.Connection) -> list[Organization]:
