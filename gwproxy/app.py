@@ -26,6 +26,7 @@ from gwproxy.admin.ask import Route as AdminRoute
 from gwproxy.admin.auth import AdminAuth
 from gwproxy.admin.bulk import Bulk, BulkHandler
 from gwproxy.admin.health import Health
+from gwproxy.admin.overview import Overview
 from gwproxy.admin.process import Process
 from gwproxy.admin.providers import Providers as ProviderPlane
 from gwproxy.admin.routes import BODY_LIMIT_BYTES, over_http
@@ -104,8 +105,15 @@ class ListenFailed(OSError):
 class App:
     """A running gateway: `async with await App.start(config, log)`; `addresses` are open."""
 
-    def __init__(self, config: Config, log: Log, source: Callable[[], Config] | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        log: Log,
+        source: Callable[[], Config] | None,
+        notify: Notify | None,
+    ) -> None:
         self._source = source
+        self._notify = notify
         self.config = config
         self.log = log
         self.draining = False
@@ -131,11 +139,12 @@ class App:
         book: PriceBook | None = None,
         *,
         source: Callable[[], Config] | None = None,
+        notify: Notify | None = None,
     ) -> "App":
         """`counter` and `book`, the prices without overrides, are for whoever starts several: to
         load the vocabulary and the table takes most of a second. `source` reads the configuration
-        anew."""
-        app = cls(config, log, source)
+        anew; `notify` is told when that begins and ends."""
+        app = cls(config, log, source, notify)
         try:
             await app._build(counter or choose_counter(assets.ranks()), book)
         except BaseException:
@@ -310,6 +319,7 @@ class App:
                 ProviderPlane(providers, accounts, ledger, store.gateway_side),
                 (
                     *Process(self.reload, store.back_up).routes(),
+                    *Overview(store, metrics, condition).routes(),
                     *BulkHandler(Bulk(store), auth).routes(),
                 ),
             )
@@ -508,7 +518,16 @@ class App:
         ConfigError, and nothing has changed.
         """
         assert self._source is not None, "there is nowhere to read it from"
-        found = await asyncio.to_thread(self._source)
+        if self._notify is not None:
+            self._notify.reloading(time.monotonic())
+        try:
+            return await self._reload(self._source)
+        finally:
+            if self._notify is not None:
+                self._notify.ready(self.status)
+
+    async def _reload(self, source: Callable[[], Config]) -> list[str]:
+        found = await asyncio.to_thread(source)
         config = _as_started(found, self.config)
         waiting = [name for name, value in _fixed(found).items() if value != _fixed(config)[name]]
         public, admin = self._configured(config)
@@ -580,7 +599,7 @@ async def serve(
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    app = await App.start(config, log, source=source)
+    app = await App.start(config, log, source=source, notify=notify)
     loop.add_signal_handler(signal.SIGHUP, app.ask_to_reload)
     # What was built so far lives as long as the process: the collector need not walk it again.
     gc.collect()

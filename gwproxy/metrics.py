@@ -236,6 +236,10 @@ class Metrics:
         self.journal_bytes = self._gauge(
             "gwproxy_journal_bytes", "Size of the journal's segments on disk."
         ).child()
+        self.last_backup_at = self._gauge(
+            "gwproxy_last_backup_timestamp_seconds",
+            "When the newest backup of the database was made, in seconds since 1970; 0: never.",
+        ).child()
         self.ledger_queue = self._gauge(
             "gwproxy_ledger_queue", "Records in the journal that the database does not have yet."
         ).child()
@@ -426,10 +430,24 @@ class Metrics:
 
     # -- exposition --------------------------------------------------------------------------
 
-    def pages(self) -> Iterator[bytes]:
-        """The text that Prometheus scrapes, in pieces between which others may do their work."""
+    def read(self) -> None:
+        """Bring the gauges up to date that are read only when somebody asks."""
         for refresh in self.refresh:
             refresh()
+
+    def by(self, name: str, label: str) -> dict[str, int]:
+        """The counts of one metric, summed by one of its labels."""
+        (family,) = (each for each in self._families if each.name == name)
+        place = family.labels.index(label)
+        sums: dict[str, int] = {}
+        for values, child in family.children.items():
+            assert isinstance(child, Count), name
+            sums[values[place]] = sums.get(values[place], 0) + int(child.value)
+        return sums
+
+    def pages(self) -> Iterator[bytes]:
+        """The text that Prometheus scrapes, in pieces between which others may do their work."""
+        self.read()
         for family in self._families:
             every: tuple[Count | Spread, ...] = tuple(family.children.values())
             children = iter(every)

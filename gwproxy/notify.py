@@ -27,6 +27,10 @@ class Notify:
     def ready(self, status: str) -> None:
         self._tell("READY=1", f"STATUS={status}")
 
+    def reloading(self, now_s: float) -> None:
+        """Until `ready` is said again; `now_s` on the monotonic clock, which is systemd's too."""
+        self._tell("RELOADING=1", f"MONOTONIC_USEC={int(now_s * 1e6)}")
+
     def alive(self, status: str) -> None:
         self._tell("WATCHDOG=1", f"STATUS={status}")
 

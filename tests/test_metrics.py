@@ -59,6 +59,7 @@ CONTRACT = {
     "gwproxy_journal_state": (),
     "gwproxy_build_info": ("version", "python"),
     "gwproxy_log_lines_dropped_total": (),
+    "gwproxy_last_backup_timestamp_seconds": (),
     "process_start_time_seconds": (),
     "process_resident_memory_bytes": (),
     "process_open_fds": (),
@@ -70,9 +71,14 @@ FROM_THE_START = {
     *("gwproxy_hold_oldest_seconds", "gwproxy_overruns_total", "gwproxy_storage_state"),
     *("gwproxy_journal_state", "gwproxy_journal_bytes", "gwproxy_ledger_queue"),
     *("gwproxy_ledger_commit_seconds", "gwproxy_log_lines_dropped_total"),
+    "gwproxy_last_backup_timestamp_seconds",
     *("process_start_time_seconds", "process_resident_memory_bytes", "process_open_fds"),
 }
-MOMENTS = {"gwproxy_hold_oldest_seconds", "process_start_time_seconds"}
+MOMENTS = {
+    "gwproxy_hold_oldest_seconds",
+    "process_start_time_seconds",
+    "gwproxy_last_backup_timestamp_seconds",
+}
 KINDS = {"total": "counter", "seconds": "histogram"}
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]

@@ -29,11 +29,13 @@ def test_each_word_is_a_datagram_of_its_own(ear: tuple[socket.socket, str]) -> N
     listening, name = ear
     notify = Notify({"NOTIFY_SOCKET": name}, PID)
     notify.ready("0 requests open")
+    notify.reloading(12.5)
     notify.alive("7 requests open")
     notify.stopping("draining: 7 requests open", 50.5)
     notify.close()
-    assert [listening.recv(1000).decode() for _ in range(3)] == [
+    assert [listening.recv(1000).decode() for _ in range(4)] == [
         "READY=1\nSTATUS=0 requests open",
+        "RELOADING=1\nMONOTONIC_USEC=12500000",
         "WATCHDOG=1\nSTATUS=7 requests open",
         "STOPPING=1\nEXTEND_TIMEOUT_USEC=50500000\nSTATUS=draining: 7 requests open",
     ]

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from gwproxy.core.routing import CATALOGUE
 from gwproxy.notify import BEATS_PER_PERIOD
 from tests import raw
 from tests.harness import ADMIN_KEY, UPSTREAM_TOKEN, Received, Upstream, Wire, chat, events
-from tests.raw import Peer, connect, get, post
+from tests.raw import PATIENCE_S, Peer, connect, get, post
 from tests.supervised import (
     ROOT,
     SERVICE,
@@ -154,6 +155,11 @@ async def test_a_service_says_that_it_is_ready_alive_and_on_its_way_out(
             token = upstream.received[-1].header("cf-aig-authorization")
             assert token == f"Bearer {UPSTREAM_TOKEN}"
             assert (supervisor.state / "gwproxy.db").is_file()
+
+            service.signal(signal.SIGHUP)
+            reloading = await supervisor.hears("RELOADING")
+            assert abs(int(reloading["MONOTONIC_USEC"]) / 1e6 - time.monotonic()) < PATIENCE_S
+            await supervisor.hears("READY")
 
             service.signal(signal.SIGTERM)
             stopping = await supervisor.hears("STOPPING")

@@ -357,6 +357,10 @@ class Store:
         database = self.outage.cause if self.outage.lost else None
         return Condition(draining, self.journal.lost, database, closed)
 
+    def last_backup_at(self) -> float | None:
+        """When the newest backup was made, in seconds since 1970."""
+        return self._backups.newest_at()
+
     async def find_request(self, request_id: str) -> Request | None:
         """A request that memory does not have any more."""
         return await reports.find_request(self.database, request_id)

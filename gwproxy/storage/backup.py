@@ -190,15 +190,22 @@ class Backups:
 
     def due(self, now: float, journal_bytes: int) -> bool:
         """Whether one should be made; `now` in seconds since 1970. Without any, at once."""
-        try:
-            age_s = now - self._files()[0].stat().st_mtime
-        except (IndexError, OSError):
+        made = self.newest_at()
+        if made is None:
             return True
+        age_s = now - made
         if age_s < 0:  # by a clock that was ahead: it says nothing
             return True
         if journal_bytes >= KEPT_JOURNAL_BYTES and age_s >= SOONEST_S:
             return True
         return 0 < self._every_s <= age_s
+
+    def newest_at(self) -> float | None:
+        """When the newest one was made, in seconds since 1970; None: there is none."""
+        try:
+            return self._files()[0].stat().st_mtime
+        except (IndexError, OSError):
+            return None
 
     async def make(self, database: Database) -> tuple[Path, Mark]:
         """Make one, and remove the oldest of those that are too many. BackupRefused."""
