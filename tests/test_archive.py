@@ -25,6 +25,7 @@ from gwproxy.storage.database import Database
 from gwproxy.storage.files import OS_FILES, OsFiles
 from gwproxy.storage.ledger import Older, Writer, load_state, loaded_since, read_mark
 from gwproxy.storage.verify import verify
+from tests.harness import CONFIG, Gateway, Upstream, bearer, make_key
 from tests.ledgers import DAY, START, Place, no_breath
 
 MONTH = "2025-11"
@@ -278,7 +279,7 @@ async def test_wherever_it_is_killed_nothing_is_lost_and_nothing_there_twice(
         before = await standing_rows(office)
         await office.archive.look()
         steps = office.mortal.asked
-    assert steps > 25
+    assert steps > 20
     for step in range(part, steps, 4):
         folder = tmp_path / f"{step:03}"
         folder.mkdir()
@@ -518,3 +519,19 @@ async def test_a_lost_database_is_left_alone(tmp_path: Path) -> None:
         office.live.settle(office.live.reserve("ann", 100), 90)
         await standing_rows(office)
         await office.writer.reached(office.live.state.lsn)
+
+
+async def test_a_caller_is_told_where_his_old_requests_are(
+    aiohttp_client: Any, upstream: Upstream, tmp_path: Path
+) -> None:
+    folder = tmp_path / "gwproxy.db.archive"
+    folder.mkdir()
+    for month in ("2024-12", "2025-02"):
+        (folder / f"{month}-7.ndjson.gz").touch()
+    client = await aiohttp_client(Gateway(tmp_path, CONFIG.format(upstream=upstream.url, more="")))
+    key = await make_key(client)
+    answer = await client.get("/v1/receipts/req_0123", headers=bearer(key))
+    assert answer.status == 404
+    error = (await answer.json())["error"]
+    assert error["code"] == "not_found"
+    assert "Requests of 2025-02 and before are in the operator's archive" in error["message"]

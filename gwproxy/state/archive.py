@@ -260,5 +260,6 @@ class Archive:
             await self._writer.reached(self._ledger.state.lsn - but)
 
     def _look_for_months(self) -> None:
-        months = [path.name[:7] for path in archive_file.archives(self._files, self._folder)]
-        self.until = max(months, default=None)
+        with contextlib.suppress(OSError):  # it is a hint, and the next look tells
+            months = [path.name[:7] for path in archive_file.archives(self._files, self._folder)]
+            self.until = max(months, default=None)

@@ -130,7 +130,8 @@ def _requests(
         " AND NOT EXISTS (SELECT 1 FROM closed WHERE closed.account = 'org:' || org_id"
         " AND closed.period = request.period) ORDER BY t, lsn LIMIT ?",
         # A request whose month ended while it was let in has a time of the next one.
-        (start_ms(month) - DAY_MS, end_ms(month) + DAY_MS, *after, month, PAGE_ROWS),
+        # Its place bounds the time once more, or each page would pass over all those before it.
+        (max(after[0], start_ms(month) - DAY_MS), end_ms(month) + DAY_MS, *after, month, PAGE_ROWS),
     ).fetchall()
     return ((rows[-1]["t"], rows[-1]["lsn"]) if len(rows) == PAGE_ROWS else None), rows
 
@@ -214,27 +215,6 @@ def named(connection: sqlite3.Connection) -> list[tuple[str, str]]:
     ]
 
 
-def closed_figures(
-    connection: sqlite3.Connection, key: Key, lsn: int, hash: str
-) -> tuple[tuple[int, int, int] | None, tuple[int, int]]:
-    """What an account was closed at with this file, and what was spent and credited after record
-    `lsn`, by lines that came too late for the file and stand in the tables."""
-    row = connection.execute(
-        "SELECT spent, credited, count, lsn FROM closed"
-        " WHERE account = ? AND period = ? AND hash = ? ORDER BY lsn LIMIT 1",
-        (*key, hash),
-    ).fetchone()
-    if row is None:
-        return None, (0, 0)
-    late = connection.execute(
-        "SELECT coalesce(sum(iif(type = 'grant', 0, amount)), 0),"
-        " coalesce(sum(iif(type = 'grant', amount, 0)), 0) FROM entry"
-        " WHERE lsn > ? AND lsn < ? AND account = ? AND period = ?",
-        (lsn, row[3], *key),
-    ).fetchone()
-    return (row[0], row[1], row[2]), (late[0], late[1])
-
-
 def faults(connection: sqlite3.Connection, found: Archived) -> list[str]:
     """Where a file is not what its accounts were closed with."""
     return [*_differences(connection, found)]
@@ -246,7 +226,24 @@ def _differences(connection: sqlite3.Connection, found: Archived) -> Iterator[st
             yield f"{found.path}: its accounts were closed with another file"
         return
     for line in found.balances:
-        closed, later = closed_figures(connection, line.key, found.head.lsn, found.hash)
-        figures = (line.spent + later[0], line.credited + later[1], line.count)
-        if closed is not None and closed != figures:
-            yield f"{found.path}: {line.account} {line.period} is {figures}, closed were {closed}"
+        closed = connection.execute(
+            "SELECT spent, credited, count, lsn FROM closed"
+            " WHERE account = ? AND period = ? AND hash = ? ORDER BY lsn LIMIT 1",
+            (*line.key, found.hash),
+        ).fetchone()
+        spent, credited = line.spent, line.credited
+        if closed is None or tuple(closed[:3]) == (spent, credited, line.count):
+            continue
+        # Lines that came too late for the file stand in the tables.
+        late = connection.execute(
+            "SELECT coalesce(sum(iif(type = 'grant', 0, amount)), 0),"
+            " coalesce(sum(iif(type = 'grant', amount, 0)), 0) FROM entry"
+            " WHERE lsn > ? AND lsn < ? AND account = ? AND period = ?",
+            (found.head.lsn, closed[3], *line.key),
+        ).fetchone()
+        figures = (spent + late[0], credited + late[1], line.count)
+        if tuple(closed[:3]) != figures:
+            yield (
+                f"{found.path}: {line.account} {line.period} has {figures} (spent, granted,"
+                f" requests), and was closed with {tuple(closed[:3])}"
+            )

@@ -157,7 +157,8 @@ class Writing:
     def _write(self, data: bytes) -> None:
         if self._fd is None:
             raise ArchiveRefused(f"{self.path}: was called off.")
-        if self.files.pwrite(self._fd, data, self._offset) != len(data):
+        # What it is given to compress a compressor may keep for a while.
+        if data and self.files.pwrite(self._fd, data, self._offset) != len(data):
             raise ArchiveRefused(f"{self.path}: there is no room for it on the disk.")
         self._offset += len(data)
 
@@ -314,11 +315,15 @@ def _lines(
 
 
 def _chunks(files: Files, path: Path) -> Iterator[bytes]:
-    fd = files.open(path)
-    try:
-        offset = 0
-        while data := files.pread(fd, CHUNK_BYTES, offset):
-            offset += len(data)
-            yield data
-    finally:
-        files.close(fd)
+    offset = 0
+    while True:
+        # Opened for each: whoever reads may stop in the middle and leave no file open.
+        fd = files.open(path)
+        try:
+            data = files.pread(fd, CHUNK_BYTES, offset)
+        finally:
+            files.close(fd)
+        if not data:
+            return
+        offset += len(data)
+        yield data

@@ -18,6 +18,7 @@ import gwproxy.state.directory as directory
 import gwproxy.state.ledger as ledger
 import gwproxy.state.store as store
 import gwproxy.state.upkeep as upkeep
+import gwproxy.storage.archive_file as archive_file
 import gwproxy.storage.database as real
 import gwproxy.storage.journal as journal
 import gwproxy.storage.ledger as tables
@@ -26,6 +27,7 @@ import gwproxy.storage.segments as segments
 from gwproxy.core.period import periods
 from gwproxy.core.records import Settle, encode
 from gwproxy.state.accounts import Accounts
+from gwproxy.state.archive import Archive
 from gwproxy.state.reservation import Outcome, Planned, Reservation
 from tests.simulator import database as played
 from tests.simulator.disk import DiskFiles
@@ -669,3 +671,43 @@ def _(stack: ExitStack) -> None:
             set_mark(self, *args, **how)
 
     _instead(stack, Reservation, "extend", careless)
+
+
+# -- the archive ---------------------------------------------------------------------------------
+
+
+@defect("archive-not-synced", "a file has reached the disk before its accounts are closed", 300)
+def _(stack: ExitStack) -> None:
+    _instead(stack, archive_file, "finish", _unsynced(archive_file.finish))
+
+
+def _unsynced(finish: Callable[..., Any]) -> Callable[..., Any]:
+    def hasty(out: Any, path: Any, end: Any) -> Any:
+        out.files.fsync = lambda fd: None
+        try:
+            return finish(out, path, end)
+        finally:
+            del out.files.fsync
+
+    return hasty
+
+
+@defect("archive-closes-by-the-tables", "an account is closed with the figures of memory", 300)
+def _(stack: ExitStack) -> None:
+    post = Archive._post
+
+    def stale(self: Archive, key: Any, stored: Any, hash: str) -> None:
+        self._ledger.state.balances.pop(key, None)
+        stored.spent -= stored.spent // 2  # as if the tables were some way behind
+        post(self, key, stored, hash)
+
+    _instead(stack, Archive, "_post", stale)
+
+
+@defect("archive-erases-first", "rows leave the tables when all accounts are closed", 300)
+def _(stack: ExitStack) -> None:
+    async def hasty(self: Archive, found: Any) -> None:
+        await self._erase(found.path, found.hash)
+        await self._close(found.head, found.hash)
+
+    _instead(stack, Archive, "_close_and_erase", hasty)

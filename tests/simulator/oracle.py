@@ -82,6 +82,7 @@ class Fold:
     open: dict[int, Open] = field(default_factory=dict)
     ended: dict[int, Ended] = field(default_factory=dict)
     rows: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    closed: int = 0
     keys: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Idempotency keys: the records that they led to, and when."""
 
@@ -133,6 +134,12 @@ class Fold:
                 check(ended is not None, "an adjustment of a request that has not ended")
                 assert ended is not None
                 ended.adjusted += record["delta"]
+        elif kind == "close":
+            key = (record["account"], record["period"])
+            figures = (record["spent"], record.get("credited", 0), record.get("count", 0), 0)
+            sums = self.sums.pop(key, Sums())
+            check(sums.figures() == figures, "closed with", figures, "and not", sums.figures())
+            self.closed += 1
         elif kind == "admin":
             for noun, name in (("org", "org_id"), ("user", "user_id"), ("key", "key_id")):
                 row = record.get(noun)

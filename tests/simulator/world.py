@@ -8,13 +8,14 @@ import os
 import sqlite3
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any, Final
 
+import gwproxy.state.archive as real_archive
 import gwproxy.state.ledger as real_ledger
 import gwproxy.state.store as real_store
 import gwproxy.storage.journal as real_journal
@@ -28,6 +29,8 @@ from gwproxy.state.books import Books
 from gwproxy.state.ledger import Ledger
 from gwproxy.state.rates import Rates
 from gwproxy.state.store import Kept, Store, Synchronous
+from gwproxy.storage import archive, archive_file
+from gwproxy.storage.archive_file import ArchiveRefused
 from gwproxy.storage.database import DatabaseRefused
 from gwproxy.storage.journal import Journal, NotWritten, OutcomeUnknown
 from gwproxy.storage.segments import CHUNK_BYTES, Gap, JournalRefused
@@ -43,6 +46,7 @@ from tests.simulator.seams import instead
 from tests.simulator.upstream import TARIFFS, Upstream
 
 JOURNAL: Final = Path("/journal")
+ARCHIVE: Final = Path("/gwproxy.db.archive")
 REST_S: Final = 300
 """A ledger that nobody uses and nothing ails has come to rest after so long."""
 
@@ -317,6 +321,7 @@ class World:
             Synchronous.FULL if plan.full else Synchronous.NORMAL,
             plan.segment_bytes,
             plan.segment_bytes * plan.most_segments,
+            keep_months=1,
         )
         log: Any = Log(self.trace)
         life.database = PlayedDatabase(self.file, life.loop, self.point)
@@ -398,8 +403,9 @@ class World:
         self.file.weather.clear()
         self.skew_s = 0.0
         life.loop.slow_threads = False
-        store = life.store
+        plan, store = self.plan, life.store
         assert store is not None
+        archived = False
         for _ in range(REST_S):
             ledger = store.ledger
             try:
@@ -413,7 +419,12 @@ class World:
                 and not store.lost
                 and self.file.fault is None
             ):
-                return
+                if archived:
+                    return
+                # Whatever was begun is brought to its end, what is due is done.
+                with suppress(*([ArchiveRefused] if self.rotten or plan.liar else [])):
+                    await store.archive.look()
+                archived = True
             await asyncio.sleep(1)
         raise Wrong(
             f"does not come to rest: owes {store.ledger.owes}, journal lost: {store.journal.lost}, "
@@ -453,7 +464,31 @@ class World:
             for lsn, outcome, cost in connection.execute("SELECT lsn, outcome, cost FROM request")
         )
         ended = {r: (each.outcome, each.cost) for r, each in fold.ended.items()}
-        check(requests == ended, "the database's requests differ")
+        archived = self._archived(connection)
+        check(requests.items() | archived.items() == ended.items(), "requests differ")
+
+    def _archived(self, connection: sqlite3.Connection) -> dict[int, tuple[str, int]]:
+        """The requests in the archive, whose files are whole and the ones that were meant."""
+        quiet = self._quiet_files()
+        found: dict[int, tuple[str, int]] = {}
+        hashes = set()
+        try:
+            for path in archive_file.archives(quiet, ARCHIVE):
+                file = archive_file.check(quiet, path)
+                hashes.add(file.hash)
+                faults = archive.faults(connection, file)
+                check(not faults, "the archive is not what was closed:", "; ".join(faults))
+                for line in archive_file._lines(quiet, path):
+                    row = json.loads(line)
+                    if row["k"] == "request":
+                        check(row["lsn"] not in found, "archived twice:", row)
+                        found[row["lsn"]] = (row["outcome"], row["cost"])
+            missing = {hash for hash, _ in archive.named(connection)} - hashes
+            check(not missing, "closed, and its file is gone:", missing)
+        except (ArchiveRefused, Wrong):
+            if not (self.rotten or self.plan.liar):
+                raise
+        return found
 
     def _compare(self, state: State) -> None:
         self.oracle.compare(state.lsn, state.t, state.balances, state.holds, state.idempotency)
@@ -525,14 +560,17 @@ class World:
         self.say("stands at", state.lsn, "of", len(before))
         self.tempt(0.15)
 
+    def _quiet_files(self) -> DiskFiles:
+        return DiskFiles(
+            self.disk, self.boot_id, lambda: None, lambda: None, lambda probability: None
+        )
+
     def _read_again(self, journal: Journal) -> None:
         """What stands in the journal is what was acknowledged, byte for byte."""
         trail = journal.trail()
         if not trail.segments:
             return
-        quiet = DiskFiles(
-            self.disk, self.boot_id, lambda: None, lambda: None, lambda probability: None
-        )
+        quiet = self._quiet_files()
         weather, self.disk.weather = self.disk.weather, type(self.disk.weather)()
         try:
             trail = type(trail)(quiet, trail.directory, trail.segments, trail.end)
@@ -593,6 +631,13 @@ def _listening(world: World) -> Iterator[None]:
             (real_store, "secrets", _Secrets(world.random)),
             (real_store, "Backups", lambda folder, **how: PlayedBackups(world.file)),
             (real_store, "BACKUP_LOOK_S", 3.0),
+            (real_archive, "time", _Time(world)),
+            (real_archive, "make_private", lambda folder: None),
+            (real_archive, "CLOSED_FOR_MS", 20_000),
+            (real_archive, "is_due", lambda month, now, keep: real_archive.is_over(month, now)),
+            (real_archive, "FIRST_LOOK_S", 3.0),
+            (real_archive, "LOOK_EVERY_S", 5.0),
+            (archive_file, "SLICE_ROWS", 9),
         ):
             stack.enter_context(instead(owner, name, value))
         if world.plan.small:
