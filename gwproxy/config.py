@@ -721,15 +721,42 @@ def load(
     environ: Mapping[str, str],
     *,
     catalogue: Mapping[str, str] = MappingProxyType({}),
+    local: bool = False,
 ) -> Config:
     """Reads the file (None: the environment alone) and raises ConfigError with all problems.
+
+    `local`: for whoever asks nobody upstream, so that variables which only that would need may be
+    missing.
 
     `catalogue` has the names under which providers are known, each with the prefix it stands for:
     a chain may use them, also without a table of their own.
     """
     tree = {} if path is None else _read_toml(path)
+    if local:
+        environ = {**_stand_ins(tree, environ), **environ}
     return _Reader(path, tree, environ, catalogue).config()
 
+
+def _stand_ins(tree: dict[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
+    """Values for the variables of the upstream that are not set: nobody will see them."""
+    families = [names for names in FAMILIES.values() if not any(map(environ.get, names))]
+    missing = {names[0]: _STAND_IN for names in families}
+    tables = [tree.get("upstream"), *_tables(tree.get("providers"))]
+    for table in tables:
+        for value in table.values() if isinstance(table, dict) else ():
+            if isinstance(value, str) and value.startswith("env:"):
+                name = value.removeprefix("env:")
+                if not any(map(environ.get, _family(name))):
+                    missing[name] = _STAND_IN
+    return missing
+
+
+def _tables(found: Any) -> list[Any]:
+    return [*found.values()] if isinstance(found, dict) else []
+
+
+_STAND_IN: Final = "0" * 32
+"""It has the form of an account's id, and of any token."""
 
 _NAME_ONE: Final = "name one by --config FILE or GWPROXY_CONFIG"
 

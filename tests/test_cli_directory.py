@@ -16,7 +16,7 @@ import pytest
 from aiohttp import web
 
 from gwproxy.cli.directory import add_commands
-from gwproxy.core.identity import KeyKind, digest, mint, well_formed
+from gwproxy.core.identity import KeyKind, checksum, digest, mint, well_formed
 from gwproxy.log import Log
 from gwproxy.state.keyring import Keyring
 from gwproxy.state.store import Kept, opened
@@ -211,7 +211,7 @@ def test_a_list_has_everybody_however_long_it_is(shell):
         (["keys", "create", "--user", "ann", "--expires-at", "tomorrow"], 2, "`expires_at`"),
         (["keys", "list", "--user", "nobody"], 1, "no user with this id"),
         (["keys", "create"], 2, "--user"),
-        (["users", "create", "--rpm", "many"], 2, "invalid int"),
+        (["users", "create", "--rpm", "many"], 2, "whole number"),
         (["users"], 2, "required"),
         (["users", "list", "--config", "/nonexistent.toml"], 2, "/nonexistent.toml"),
     ],
@@ -327,7 +327,8 @@ def test_a_key_is_read_from_stdin(shell, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(KEY + "\n"))
     assert shell.run("keys", "check") == 0
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    assert shell.run("keys", "check") == 1
+    assert shell.run("keys", "check") == 2
+    assert "gwproxy keys check < FILE" in shell.err
 
 
 @pytest.mark.parametrize(
@@ -344,3 +345,82 @@ def test_a_key_that_is_not_whole_says_why(shell, text, reason):
     assert reason in shell.out
     assert shell.run("keys", "check", text, "--json") == 1
     assert orjson.loads(shell.out)["ok"] is False
+
+
+def test_rows_are_changed_and_deleted(shell):
+    shell.run("orgs", "create", "--id", "acme", "--monthly-budget-usd", "5")
+    shell.run("users", "create", "--id", "ann", "--org", "acme", "--rpm", "5", "--email", "a@b.c")
+    assert shell.run("users", "set", "ann", "--rpm", "none", "--status", "suspended", "--json") == 0
+    ann = orjson.loads(shell.out)
+    assert (ann["rpm"], ann["status"], ann["email"]) == (None, "suspended", "a@b.c")
+    assert shell.run("orgs", "set", "acme", "--cache", "true", "--prices", "{}", "--json") == 0
+    assert orjson.loads(shell.out)["cache"] is True
+    assert shell.run("orgs", "set", "acme", "--prices", "{") == 2
+    assert "--prices must be JSON" in shell.err
+    assert shell.run("users", "set", "ann") == 2
+    assert "--monthly-limit-usd" in shell.err
+    assert shell.run("users", "delete", "ann") == 0
+    assert shell.run("users", "show", "ann") == 1
+    assert shell.run("users", "show", "ann", "--deleted") == 0
+    assert shell.run("users", "set", "ann", "--rpm", "1") == 1
+
+
+def test_a_key_is_found_by_its_id_changed_rotated_and_revoked(shell):
+    shell.run("users", "create", "--id", "ann")
+    shell.run("keys", "create", "--user", "ann", "--json")
+    key = orjson.loads(shell.out)
+    name = key["key_id"]
+    assert shell.run("keys", "set", name, "--name", "laptop", "--allow-model", "a/b", "--json") == 0
+    assert orjson.loads(shell.out)["allowed_models"] == ["a/b"]
+    assert shell.run("keys", "set", name, "--allow-model", "none", "--json") == 0
+    assert orjson.loads(shell.out)["allowed_models"] is None
+    assert shell.run("keys", "rotate", name, "--grace-s", "60") == 0
+    second = shell.out.strip()
+    assert well_formed(second) and second != key["api_key"]
+    assert shell.run("keys", "revoke", name) == 0
+    assert shell.run("keys", "show", name) == 1
+    assert shell.run("keys", "show", name, "--deleted") == 0
+    assert "laptop" in shell.out
+    assert second not in shell.out
+
+
+def test_keys_that_leaked_are_found_in_any_text_and_revoked(shell, monkeypatch):
+    shell.run("users", "create", "--id", "ann")
+    texts = []
+    for _ in range(3):
+        shell.run("keys", "create", "--user", "ann", "--json")
+        texts.append(orjson.loads(shell.out))
+    leaked, rotated, kept = texts
+    shell.run("keys", "rotate", rotated["key_id"], "--grace-s", "60")
+    # Somebody else's, of the same public part: no reason to revoke ours.
+    forged = kept["api_key"][:16] + "0" * 32
+    forged += checksum(forged)
+    broken = kept["api_key"][:-1] + ("0" if kept["api_key"][-1] != "0" else "1")
+    log = (
+        f'x="{leaked["api_key"]}" {leaked["api_key"]}\n{rotated["api_key"]},{KEY} {forged} {broken}'
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO(log))
+    assert shell.run("keys", "revoke", "--from-stdin", "--json") == 0
+    found = {each["key_id"]: each["result"] for each in orjson.loads(shell.out)["data"]}
+    assert found.pop(leaked["key_id"]) == found.pop(rotated["key_id"]) == "revoked"
+    assert set(found.values()) == {"not known here, or revoked before"}
+    assert shell.run("keys", "show", kept["key_id"]) == 0
+    for text in (leaked, rotated, kept):
+        assert text["api_key"] not in shell.out + shell.err
+    monkeypatch.setattr("sys.stdin", io.StringIO("nothing here"))
+    assert shell.run("keys", "revoke", "--from-stdin") == 0
+    assert "no key" in shell.err
+    assert shell.run("keys", "revoke") == 2
+
+
+def test_what_only_the_upstream_needs_may_be_missing(shell):
+    config = shell.folder / "config.toml"
+    config.write_text(
+        config.read_text().replace(
+            'flavour = "openai"\nbase_url = "http://127.0.0.1:9/v1"',
+            'account_id = "env:CLOUDFLARE_ACCOUNT_ID"\ngateway_id = "env:CLOUDFLARE_GATEWAY_ID"\n'
+            'token = "env:CLOUDFLARE_API_TOKEN"\n[providers.other]\nbase_url = '
+            '"http://127.0.0.1:9/v1"\nflavour = "openai"\ntoken = "env:OTHER_TOKEN"',
+        )
+    )
+    assert shell.run("users", "list") == 0, shell.err

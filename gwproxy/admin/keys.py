@@ -10,6 +10,7 @@ from gwproxy.admin import body as checked
 from gwproxy.admin.ask import Answer, Ask
 from gwproxy.admin.body import UNSET, Count, Id, Moment, ShownTime, ShownUsd, Text, Unset, Usd
 from gwproxy.core import identity
+from gwproxy.core.errors import NotFound
 from gwproxy.state.directory import Directory
 
 _LONGEST_GRACE_S: Final = 90 * 86_400
@@ -65,6 +66,12 @@ class Rotation(msgspec.Struct, forbid_unknown_fields=True):
     grace_s: Annotated[int, msgspec.Meta(ge=0, le=_LONGEST_GRACE_S)] = 86_400
 
 
+class FoundQuery(checked.Shown, frozen=True):
+    sha256: Annotated[str | None, msgspec.Meta(description="SHA-256 of the whole key, in hex")] = (
+        None
+    )
+
+
 class KeyPage(msgspec.Struct):
     data: list[Key]
     next_cursor: str | None
@@ -91,6 +98,16 @@ class Keys:
 
     async def show(self, ask: Ask, user_id: str, key_id: str, query: checked.Shown) -> Answer:
         row = self._directory.key(user_id, key_id, deleted=query.deleted)
+        return Answer(Key(**self._shown(row)), row.version)
+
+    async def find(self, ask: Ask, key_id: str, query: FoundQuery) -> Answer:
+        """A key by its id alone, and where a hash is sent only if it is one of its secrets'."""
+        row = self._directory.keyring.key(key_id)
+        if row is None or (row.revoked_at is not None and not query.deleted):
+            raise NotFound("There is no key with this id.")
+        digests = [row.digest, *(old.digest for old in row.previous)]
+        if query.sha256 is not None and query.sha256 not in [each.hex() for each in digests]:
+            raise NotFound("There is no key with this id and this secret.")
         return Answer(Key(**self._shown(row)), row.version)
 
     async def change(self, ask: Ask, user_id: str, key_id: str, body: KeyChange) -> Answer:

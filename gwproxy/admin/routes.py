@@ -13,7 +13,16 @@ from gwproxy.admin.ask import Answer, Ask, Route, etag, given, versions
 from gwproxy.admin.audit import Audit
 from gwproxy.admin.auth import AdminAuth
 from gwproxy.admin.body import Page, Shown
-from gwproxy.admin.keys import CreatedKey, Key, KeyChange, KeyPage, Keys, NewKey, Rotation
+from gwproxy.admin.keys import (
+    CreatedKey,
+    FoundQuery,
+    Key,
+    KeyChange,
+    KeyPage,
+    Keys,
+    NewKey,
+    Rotation,
+)
 from gwproxy.admin.openapi import OpenApi
 from gwproxy.admin.organizations import (
     NewOrganization,
@@ -156,6 +165,14 @@ def _of_keys(keys: Keys) -> tuple[Route, ...]:
             body=KeyChange,
             answers=Key,
             conditional=True,
+        ),
+        Route(
+            method="GET",
+            path="/admin/api-keys/{key_id}",
+            do=keys.find,
+            summary="Find a key by its id alone.",
+            query=FoundQuery,
+            answers=Key,
         ),
         Route(
             method="POST",

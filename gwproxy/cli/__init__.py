@@ -18,6 +18,11 @@ FAMILIES: Final[Mapping[str, str]] = {
     "orgs": "directory",
     "keys": "directory",
     "admin-keys": "admin_keys",
+    "usage": "reports",
+    "requests": "reports",
+    "audit": "reports",
+    "export": "bulk",
+    "import": "bulk",
     "providers": "providers",
     "prices": "prices",
     "ledger": "ledger",
@@ -35,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     refused, 2 usage or configuration, 3 server unreachable."""
     words = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(
-        prog="gwproxy", description="An edge proxy in front of an AI gateway."
+        prog="gwproxy",
+        description="An edge proxy in front of an AI gateway.",
+        epilog="Exit codes: 0 fine; 1 a check failed, or it was refused; 2 usage or configuration; "
+        "3 the server cannot be reached.",
     )
     parser.add_argument("--version", action="version", version=f"gwproxy {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

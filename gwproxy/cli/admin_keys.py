@@ -8,7 +8,7 @@ import argparse
 
 import orjson
 
-from gwproxy.cli.directory import (
+from gwproxy.cli.plane import (
     FINE,
     Ask,
     Call,
@@ -17,9 +17,8 @@ from gwproxy.cli.directory import (
     family,
     print_list,
     runs,
-    say,
 )
-from gwproxy.cli.printing import print_json
+from gwproxy.cli.printing import print_json, say
 
 
 def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -1,68 +1,125 @@
 """`gwproxy users`, `gwproxy orgs` and `gwproxy keys`: the directory from the command line.
 
-A running server is asked over its admin API, since the database is its alone; without one the
-database is opened here, under the same lock, and the same code checks and changes it.
+What each noun has is a table; the commands are the same for all of them.
 """
 
 import argparse
-import asyncio
 import getpass
-import os
-import socket
+import re
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any, Final
-from urllib.parse import urlencode, urlsplit
 
-import msgspec
 import orjson
 
-from gwproxy.admin import ask as asked
-from gwproxy.admin.ask import Route
-from gwproxy.admin.body import MOST_PER_PAGE, Page
-from gwproxy.admin.routes import ask_directly
-from gwproxy.app import admin_plane
-from gwproxy.cli.offline import opened
-from gwproxy.config import Config, ConfigError, Listen, find_config, load
-from gwproxy.core.errors import GatewayError
-from gwproxy.core.identity import is_id, parse
-from gwproxy.core.routing import CATALOGUE
-from gwproxy.log import Log
-from gwproxy.state.directory import Author
-from gwproxy.storage.database import DatabaseInUse, DatabaseRefused
-from gwproxy.storage.segments import JournalInUse, JournalRefused
-
-FINE: Final = 0
-REFUSED: Final = 1
-WRONG_USAGE: Final = 2
-UNREACHABLE: Final = 3
-
-_TIMEOUT_S: Final = 30.0
-_LONGEST_ANSWER_BYTES: Final = 64 * 1024 * 1024
+from gwproxy.cli.plane import (
+    FINE,
+    REFUSED,
+    WRONG_USAGE,
+    Ask,
+    Call,
+    Stop,
+    add_list,
+    common_arguments,
+    family,
+    print_list,
+    print_one,
+    runs,
+)
+from gwproxy.cli.printing import print_json, say
+from gwproxy.core.errors import NotFound
+from gwproxy.core.identity import KeyKind, KeyText, digest, parse
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """One call of the admin plane. `path` is what follows `/admin/`."""
+class Field:
+    """A field of the API, and the option that is called after it."""
 
-    method: str
-    path: tuple[str, ...]
-    body: bytes = b""
-    page: Page | None = None
+    name: str
+    help: str = ""
+    metavar: str | None = None
+    choices: tuple[str, ...] | None = None
+    number: bool = False
+    json: bool = False
+    option: str = ""
+    fixed: bool = False
+    """Given at the creation, and never changed."""
+
+    @property
+    def flag(self) -> str:
+        return self.option or f"--{self.name.replace('_', '-')}"
+
+    def value(self, text: str) -> Any:
+        """As the API takes it; `none` is null: no limit."""
+        if text == "none":
+            return None
+        if self.number and text.lstrip("-").isascii() and text.lstrip("-").isdigit():
+            return int(text)
+        if self.json:
+            try:
+                return orjson.loads(text)
+            except ValueError as error:
+                raise Stop(WRONG_USAGE, f"{self.flag} must be JSON.") from error
+        return text
 
 
-Call = Callable[[Ask], Awaitable[dict[str, Any]]]
-Command = Callable[[argparse.Namespace, Call], Awaitable[int]]
+_STATUS: Final = Field("status", "default: active", choices=("active", "suspended"))
+_LIMITS: Final = (
+    Field("monthly_limit_usd", 'such as "12.50"', "USD"),
+    Field("rpm", "requests a minute", "N", number=True),
+    Field("tpm", "tokens a minute", "N", number=True),
+    Field("max_parallel", "requests at once", "N", number=True),
+)
 
 
-class _Stop(Exception):
-    """The command ends here, with this exit code and these words."""
+@dataclass(frozen=True, slots=True)
+class Noun:
+    words: str
+    path: str
+    columns: tuple[str, ...]
+    fields: tuple[Field, ...]
 
-    def __init__(self, code: int, words: str) -> None:
-        super().__init__(words)
-        self.code = code
+
+NOUNS: Final = {
+    "users": Noun(
+        "who may call",
+        "users",
+        ("user_id", "org_id", "email", "status", "monthly_limit_usd", "created_at"),
+        (
+            Field("user_id", "default: a generated one", "ID", option="--id", fixed=True),
+            Field("org_id", "default: the organization `default`", "ID", option="--org"),
+            Field("email"),
+            _STATUS,
+            *_LIMITS,
+        ),
+    ),
+    "orgs": Noun(
+        "organizations",
+        "organizations",
+        ("org_id", "name", "status", "monthly_budget_usd", "failure_mode", "created_at"),
+        (
+            Field("org_id", "default: a generated one", "ID", option="--id", fixed=True),
+            Field("name"),
+            _STATUS,
+            Field("monthly_budget_usd", 'such as "1000"', "USD"),
+            Field("failure_mode", "without the database", choices=("open", "closed", "none")),
+            Field("fallback_daily_limit_usd", "a day without the database", "USD"),
+            Field("unbounded_policy", choices=("clamp", "strict", "bounded")),
+            Field("on_exhausted", choices=("cut", "finish")),
+            Field("on_client_gone", choices=("close", "drain")),
+            Field("cache", choices=("true", "false"), json=True),
+            Field("allowed_features", "such as '[\"audio\"]'", "JSON", json=True),
+            Field("prices", "USD per million tokens, by model", "JSON", json=True),
+        ),
+    ),
+}
+
+KEY_FIELDS: Final = (
+    Field("name", "to tell a user's keys apart"),
+    Field("expires_at", 'such as "2027-12-31T23:59:59Z"', "TIME"),
+    *_LIMITS,
+)
 
 
 # -- the words of the command line ---------------------------------------------------------------
@@ -71,153 +128,177 @@ class _Stop(Exception):
 def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `users`, `orgs` and `keys`; each of their commands sets `func(args) -> exit code`."""
     common = common_arguments()
-    limits = argparse.ArgumentParser(add_help=False)
-    limits.add_argument("--monthly-limit-usd", metavar="USD", help='such as "12.50"')
-    limits.add_argument("--rpm", type=int, help="requests a minute")
-    limits.add_argument("--tpm", type=int, help="tokens a minute")
-    limits.add_argument("--max-parallel", type=int, help="requests at once")
-
-    users = family(subparsers, "users", "who may call: create, list, show")
-    create = users.add_parser("create", parents=[common, limits], help="create a user")
-    create.add_argument("--id", metavar="ID", help="default: a generated one")
-    create.add_argument("--email")
-    create.add_argument("--org", metavar="ID", help="default: the organization `default`")
-    create.set_defaults(func=runs(_create_user))
-    add_list(users, common, _list_users)
-    _add_show(users, common, _show_user)
-
-    orgs = family(subparsers, "orgs", "organizations: create, list, show")
-    create = orgs.add_parser("create", parents=[common], help="create an organization")
-    create.add_argument("--id", metavar="ID", help="default: a generated one")
-    create.add_argument("--name")
-    create.add_argument("--monthly-budget-usd", metavar="USD", help='such as "1000"')
-    create.add_argument("--failure-mode", choices=["open", "closed"])
-    create.add_argument("--fallback-daily-limit-usd", metavar="USD")
-    create.set_defaults(func=runs(_create_org))
-    add_list(orgs, common, _list_orgs)
-    _add_show(orgs, common, _show_org)
-
-    keys = family(subparsers, "keys", "users' API keys: create, list, check")
+    for name, noun in NOUNS.items():
+        _add_noun(subparsers, name, noun, common)
+    words = "users' API keys: create, list, show, set, rotate, revoke, check"
+    keys = family(subparsers, "keys", words)
     create = keys.add_parser(
         "create",
-        parents=[common, limits],
+        parents=[common],
         help="create a key and print it, this once",
         description="Prints the key alone on stdout. It cannot be shown again.",
     )
     create.add_argument("--user", metavar="ID", required=True)
-    create.add_argument("--name", help="to tell a user's keys apart")
-    create.add_argument("--expires-at", metavar="TIME", help='such as "2027-12-31T23:59:59Z"')
-    create.add_argument(
-        "--allow-model", metavar="MODEL", action="append", help="may be repeated; default: all"
-    )
+    _add_options(create, KEY_FIELDS)
+    _add_models(create)
     create.set_defaults(func=runs(_create_key))
     listing = add_list(keys, common, _list_keys)
     listing.add_argument("--user", metavar="ID", required=True)
+    show = _add_one(keys, common, "show", "show a key, without its secret", _show_key)
+    show.add_argument("--deleted", action="store_true", help="also if it is revoked")
+    change = _add_one(keys, common, "set", "change a key: what is given, `none` for no limit", _set)
+    _add_options(change, KEY_FIELDS)
+    _add_models(change)
+    rotate = _add_one(
+        keys, common, "rotate", "give a key a new secret and print it, this once", _rotate_key
+    )
+    rotate.add_argument(
+        "--grace-s",
+        type=int,
+        metavar="S",
+        default=86_400,
+        help="the secret before stays good so long; default: a day",
+    )
+    for word in ("revoke", "delete"):
+        revoke = keys.add_parser(
+            word,
+            parents=[common],
+            help="refuse keys from the next request on" if word == "revoke" else "the same",
+            description="With --from-stdin: reads any text, such as a log or a commit that leaked, "
+            "and revokes each key in it that is one of this gateway's. Only hashes are sent.",
+        )
+        revoke.add_argument("ids", nargs="*", metavar="KEY_ID")
+        revoke.add_argument("--from-stdin", action="store_true", help="look for keys in a text")
+        revoke.set_defaults(func=runs(_revoke_keys))
     check = keys.add_parser(
         "check",
         help="check a key's form and checksum, without a server",
-        description="Says whether a key was copied whole. Reads it from stdin if none is given, "
-        "which keeps it out of the shell's history.",
+        description="Says whether a key was copied whole. Without KEY it asks for one, or reads "
+        "the first line of stdin, which keeps it out of the shell's history: "
+        "`gwproxy keys check < key.txt`.",
     )
     check.add_argument("key", nargs="?", metavar="KEY")
     check.add_argument("--json", action="store_true", help="print JSON")
     check.set_defaults(func=_check_key)
 
 
-def common_arguments() -> argparse.ArgumentParser:
-    """What every command takes that asks the admin plane."""
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--config", metavar="FILE", help="default: $GWPROXY_CONFIG, ./config.toml")
-    common.add_argument("--url", help="the server's admin address, where the configuration's fails")
-    common.add_argument("--json", action="store_true", help="print JSON")
-    return common
-
-
-def family(
-    subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, words: str
-) -> "argparse._SubParsersAction[argparse.ArgumentParser]":
-    return subparsers.add_parser(name, help=words).add_subparsers(metavar="COMMAND", required=True)
-
-
-def add_list(
-    family: "argparse._SubParsersAction[argparse.ArgumentParser]",
+def _add_noun(
+    subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    noun: Noun,
     common: argparse.ArgumentParser,
-    command: Command,
+) -> None:
+    own = family(subparsers, name, f"{noun.words}: create, list, show, set, delete")
+
+    async def create(args: argparse.Namespace, call: Call) -> int:
+        body = orjson.dumps(_given(args, noun.fields))
+        print_one(args, await call(Ask("POST", (noun.path,), body)))
+        return FINE
+
+    async def listed(args: argparse.Namespace, call: Call) -> int:
+        await print_list(args, call, (noun.path,), noun.columns)
+        return FINE
+
+    async def show(args: argparse.Namespace, call: Call) -> int:
+        query = (("deleted", "1"),) if args.deleted else ()
+        print_one(args, await call(Ask("GET", (noun.path, args.id), query=query)))
+        return FINE
+
+    async def change(args: argparse.Namespace, call: Call) -> int:
+        body = _changes(args, noun.fields)
+        print_one(args, await call(Ask("PATCH", (noun.path, args.id), orjson.dumps(body))))
+        return FINE
+
+    async def delete(args: argparse.Namespace, call: Call) -> int:
+        await call(Ask("DELETE", (noun.path, args.id)))
+        if args.json:
+            print_json({"id": args.id, "deleted": True})
+        else:
+            say(f"{args.id} is deleted. What was spent stays in the ledger.")
+        return FINE
+
+    creating = own.add_parser("create", parents=[common], help="create one")
+    _add_options(creating, noun.fields)
+    creating.set_defaults(func=runs(create))
+    add_list(own, common, listed)
+    showing = _add_one(own, common, "show", "show one of them", show)
+    showing.add_argument("--deleted", action="store_true", help="also if it is deleted")
+    words = "change one: what is given, `none` for no limit"
+    _add_options(
+        _add_one(own, common, "set", words, change),
+        [field for field in noun.fields if not field.fixed],
+    )
+    _add_one(own, common, "delete", "delete one: its keys open nothing any longer", delete)
+
+
+def _add_one(
+    own: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    common: argparse.ArgumentParser,
+    verb: str,
+    words: str,
+    command: Any,
 ) -> argparse.ArgumentParser:
-    parser = family.add_parser("list", parents=[common], help="list them")
-    parser.add_argument("--deleted", action="store_true", help="deleted and revoked ones too")
+    parser = own.add_parser(verb, parents=[common], help=words)
+    parser.add_argument("id", metavar="ID")
     parser.set_defaults(func=runs(command))
     return parser
 
 
-def _add_show(
-    family: "argparse._SubParsersAction[argparse.ArgumentParser]",
-    common: argparse.ArgumentParser,
-    command: Command,
-) -> None:
-    parser = family.add_parser("show", parents=[common], help="show one of them")
-    parser.add_argument("id", metavar="ID")
-    parser.set_defaults(func=runs(command))
+def _add_options(parser: argparse.ArgumentParser, fields: Iterable[Field]) -> None:
+    for field in fields:
+        parser.add_argument(
+            field.flag,
+            dest=f"field_{field.name}",
+            metavar=field.metavar,
+            choices=field.choices,
+            help=field.help or None,
+        )
 
 
-# -- the commands --------------------------------------------------------------------------------
-
-
-async def _create_user(args: argparse.Namespace, call: Call) -> int:
-    body = _body(user_id=args.id, email=args.email, org_id=args.org, **_limits(args))
-    print_one(args, await call(Ask("POST", ("users",), body)))
-    return FINE
-
-
-async def _list_users(args: argparse.Namespace, call: Call) -> int:
-    columns = ("user_id", "org_id", "email", "status", "monthly_limit_usd", "created_at")
-    await print_list(args, call, ("users",), columns)
-    return FINE
-
-
-async def _show_user(args: argparse.Namespace, call: Call) -> int:
-    print_one(args, await call(Ask("GET", ("users", args.id))))
-    return FINE
-
-
-async def _create_org(args: argparse.Namespace, call: Call) -> int:
-    body = _body(
-        org_id=args.id,
-        name=args.name,
-        monthly_budget_usd=args.monthly_budget_usd,
-        failure_mode=args.failure_mode,
-        fallback_daily_limit_usd=args.fallback_daily_limit_usd,
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-model",
+        metavar="MODEL",
+        action="append",
+        help="may be repeated; `none`: all of them",
     )
-    print_one(args, await call(Ask("POST", ("organizations",), body)))
-    return FINE
 
 
-async def _list_orgs(args: argparse.Namespace, call: Call) -> int:
-    columns = ("org_id", "name", "status", "monthly_budget_usd", "failure_mode", "created_at")
-    await print_list(args, call, ("organizations",), columns)
-    return FINE
+def _given(args: argparse.Namespace, fields: tuple[Field, ...]) -> dict[str, Any]:
+    given = {field: getattr(args, f"field_{field.name}", None) for field in fields}
+    return {field.name: field.value(text) for field, text in given.items() if text is not None}
 
 
-async def _show_org(args: argparse.Namespace, call: Call) -> int:
-    print_one(args, await call(Ask("GET", ("organizations", args.id))))
-    return FINE
+def _changes(args: argparse.Namespace, fields: tuple[Field, ...]) -> dict[str, Any]:
+    body = _given(args, fields)
+    models = getattr(args, "allow_model", None)
+    if models is not None:
+        body["allowed_models"] = None if models == ["none"] else models
+    if not body:
+        flags = " ".join(field.flag for field in fields if not field.fixed)
+        raise Stop(WRONG_USAGE, f"Nothing to change was given: {flags}")
+    return body
+
+
+# -- keys ----------------------------------------------------------------------------------------
 
 
 async def _create_key(args: argparse.Namespace, call: Call) -> int:
-    body = _body(
-        name=args.name,
-        expires_at=args.expires_at,
-        allowed_models=args.allow_model,
-        **_limits(args),
-    )
-    key = await call(Ask("POST", ("users", args.user, "api-keys"), body))
-    if args.json:
-        _print_json(key)
-    else:
-        # Alone on stdout, so that KEY=$(gwproxy keys create --user ann) is all it takes.
-        print(key["api_key"])
-        say(f"This is {key['key_id']} of user {args.user}. Keep it now: it is not shown again.")
+    body = _given(args, KEY_FIELDS)
+    if args.allow_model is not None and args.allow_model != ["none"]:
+        body["allowed_models"] = args.allow_model
+    key = await call(Ask("POST", ("users", args.user, "api-keys"), orjson.dumps(body)))
+    _print_key(args, key, f"This is {key['key_id']} of user {args.user}.")
     return FINE
+
+
+def _print_key(args: argparse.Namespace, key: dict[str, Any], words: str) -> None:
+    if args.json:
+        print_json(key)
+        return
+    # Alone on stdout, so that KEY=$(gwproxy keys create --user ann) is all it takes.
+    print(key["api_key"])
+    say(f"{words} Keep it now: it is not shown again.")
 
 
 async def _list_keys(args: argparse.Namespace, call: Call) -> int:
@@ -228,254 +309,100 @@ async def _list_keys(args: argparse.Namespace, call: Call) -> int:
     return FINE
 
 
+async def _found(call: Call, key_id: str, *query: tuple[str, str]) -> dict[str, Any]:
+    return await call(Ask("GET", ("api-keys", key_id), query=query))
+
+
+async def _path(call: Call, key_id: str) -> tuple[str, ...]:
+    return "users", (await _found(call, key_id))["user_id"], "api-keys", key_id
+
+
+async def _show_key(args: argparse.Namespace, call: Call) -> int:
+    query = (("deleted", "1"),) if args.deleted else ()
+    print_one(args, await _found(call, args.id, *query))
+    return FINE
+
+
+async def _set(args: argparse.Namespace, call: Call) -> int:
+    body = orjson.dumps(_changes(args, KEY_FIELDS))
+    print_one(args, await call(Ask("PATCH", await _path(call, args.id), body)))
+    return FINE
+
+
+async def _rotate_key(args: argparse.Namespace, call: Call) -> int:
+    path = (*await _path(call, args.id), "rotate")
+    key = await call(Ask("POST", path, orjson.dumps({"grace_s": args.grace_s})))
+    _print_key(args, key, f"The secret of {args.id} before is good for {args.grace_s} s more.")
+    return FINE
+
+
+async def _revoke_keys(args: argparse.Namespace, call: Call) -> int:
+    if args.from_stdin == bool(args.ids):
+        raise Stop(WRONG_USAGE, "Name the keys by their ids, or give --from-stdin and a text.")
+    done: list[dict[str, Any]] = []
+    if args.from_stdin:
+        for key, hashed in _keys_in(sys.stdin.read()):
+            done.append(await _revoke_leaked(call, key, hashed))
+    else:
+        for key_id in args.ids:
+            await call(Ask("DELETE", await _path(call, key_id)))
+            done.append({"key_id": key_id, "result": "revoked"})
+    if args.json:
+        print_json({"data": done})
+    elif not done:
+        say("There is no key in that text.")
+    else:
+        for each in done:
+            print(f"{each['key_id']}  {each['result']}")
+    return FINE
+
+
+_KEY: Final = re.compile(r"gw_(?:live|test|admin)_[0-9A-Za-z]{46}(?![0-9A-Za-z])")
+
+
+def _keys_in(text: str) -> Iterator[tuple[KeyText, str]]:
+    """Each whole key in it, once, with the hash by which the server knows it."""
+    for found in dict.fromkeys(_KEY.findall(text)):
+        try:
+            yield parse(found), digest(found).hex()
+        except ValueError:
+            continue  # the checksum says that nobody ever had it
+
+
+async def _revoke_leaked(call: Call, key: KeyText, hashed: str) -> dict[str, Any]:
+    done = {"key_id": key.key_id, "result": "revoked"}
+    try:
+        if key.kind is KeyKind.ADMIN:
+            await call(Ask("DELETE", ("admin-keys", key.key_id)))
+        else:
+            user_id = (await _found(call, key.key_id, ("sha256", hashed)))["user_id"]
+            await call(Ask("DELETE", ("users", user_id, "api-keys", key.key_id)))
+            done["user_id"] = user_id
+    except (Stop, NotFound) as error:
+        if isinstance(error, Stop) and error.code != REFUSED:
+            raise
+        done["result"] = "not known here, or revoked before"
+    return done
+
+
 def _check_key(args: argparse.Namespace) -> int:
     text = args.key
     if text is None:
         text = getpass.getpass("API key: ") if sys.stdin.isatty() else sys.stdin.readline(4096)
+    if not text.strip():
+        say("No key was given: as an argument, at the prompt, or by `gwproxy keys check < FILE`.")
+        return WRONG_USAGE
     try:
         key = parse(text.strip())
     except ValueError as error:
         if args.json:
-            _print_json({"ok": False, "problem": str(error)})
+            print_json({"ok": False, "problem": str(error)})
         else:
             print(f"not a key: {error}")
         return REFUSED
     if args.json:
-        _print_json({"ok": True, "kind": key.kind, "prefix": key.prefix, "key_id": key.key_id})
+        print_json({"ok": True, "kind": key.kind, "prefix": key.prefix, "key_id": key.key_id})
     else:
         print(f"complete: a {key.kind} key, {key.prefix}..., {key.key_id}")
         say("Whether it is known and not revoked, only the gateway can say.")
     return FINE
-
-
-def _limits(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        name: getattr(args, name) for name in ("monthly_limit_usd", "rpm", "tpm", "max_parallel")
-    }
-
-
-def _body(**fields: Any) -> bytes:
-    return orjson.dumps({name: value for name, value in fields.items() if value is not None})
-
-
-# -- how a command runs --------------------------------------------------------------------------
-
-
-def runs(command: Command, *, of_server: bool = False) -> Callable[[argparse.Namespace], int]:
-    """`of_server`: it means nothing without a running one."""
-
-    def run(args: argparse.Namespace) -> int:
-        try:
-            config = load(find_config(args.config, os.environ), os.environ, catalogue=CATALOGUE)
-            return asyncio.run(_run(args, config, command, of_server))
-        except ConfigError as error:
-            say(str(error))
-            return WRONG_USAGE
-        except (DatabaseRefused, JournalRefused) as error:
-            say(str(error))
-            return REFUSED
-        except GatewayError as error:
-            say(error.message)
-            return _exit_code(error.status)
-        except _Stop as stop:
-            say(str(stop))
-            return stop.code
-
-    return run
-
-
-async def _run(args: argparse.Namespace, config: Config, command: Command, of_server: bool) -> int:
-    if of_server or args.url is not None:
-        return await command(args, _over_http(config, args.url))
-    try:
-        async with opened(config) as store:
-            return await command(args, _offline(admin_plane(config, store, Log(sys.stderr))))
-    except (DatabaseInUse, JournalInUse) as in_use:
-        # Its owner is the server, as a rule: whoever holds the lock is the one to be asked.
-        try:
-            return await command(args, _over_http(config, None))
-        except _Stop as stop:
-            if stop.code == UNREACHABLE:
-                raise _Stop(UNREACHABLE, f"{stop} The database is busy: {in_use}") from in_use
-            raise
-
-
-def _exit_code(status: int) -> int:
-    # 401 and 403: the configured admin key is wrong. 400: so is an argument.
-    return WRONG_USAGE if status in (400, 401, 403) else REFUSED
-
-
-# -- without a server ----------------------------------------------------------------------------
-
-
-def _offline(table: Sequence[Route]) -> Call:
-    async def call(ask: Ask) -> dict[str, Any]:
-        answer = await ask_directly(
-            table,
-            ask.method,
-            "/admin/" + "/".join(ask.path),
-            query=_parameters(ask),
-            body=ask.body,
-            ask=asked.Ask(Author(f"cli:{getpass.getuser()}")),
-        )
-        found: dict[str, Any] = msgspec.to_builtins(answer.value or {})
-        return found
-
-    return call
-
-
-def _parameters(ask: Ask) -> list[tuple[str, str]]:
-    page = ask.page
-    if page is None:
-        return []
-    return [
-        ("limit", str(page.limit)),
-        ("cursor", page.cursor),
-        ("deleted", str(int(page.deleted))),
-    ]
-
-
-# -- of a running server -------------------------------------------------------------------------
-
-
-def _over_http(config: Config, url: str | None) -> Call:
-    if config.admin.key is None:
-        raise _Stop(
-            WRONG_USAGE,
-            "The running server has to be asked, and there is no admin key to ask it with: "
-            "set GWPROXY_ADMIN_KEY as the server has it.",
-        )
-    authorization = f"Bearer {config.admin.key.reveal()}"
-
-    async def call(ask: Ask) -> dict[str, Any]:
-        if not all(is_id(part) for part in ask.path):
-            raise _Stop(WRONG_USAGE, "An id has 1 to 64 characters out of A-Z, a-z, 0-9, _ and -.")
-        target = "/admin/" + "/".join(ask.path)
-        if parameters := _parameters(ask):
-            target += "?" + urlencode(parameters)
-        headers = {"Authorization": authorization}
-        if ask.body:
-            headers["Content-Type"] = "application/json"
-        # A connection each, since a list of users is one or two calls; blocking, since nothing
-        # else happens in this process.
-        connection, place = _connection(config.admin.listen or config.server.listen, url)
-        try:
-            connection.request(ask.method, target, ask.body or None, headers)
-            answer = connection.getresponse()
-            status, raw = answer.status, answer.read(_LONGEST_ANSWER_BYTES)
-        except (OSError, HTTPException) as error:
-            raise _Stop(UNREACHABLE, f"No server answers at {place}: {error}.") from error
-        finally:
-            connection.close()
-        return _understood(status, raw, place)
-
-    return call
-
-
-def _understood(status: int, raw: bytes, place: str) -> dict[str, Any]:
-    if status == 204:
-        return {}
-    try:
-        answer = orjson.loads(raw)
-        if status in (200, 201) and isinstance(answer, dict):
-            return answer
-        words = str(answer["error"]["message"])
-    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
-        raise _Stop(
-            UNREACHABLE, f"What answers at {place} is not gwproxy (status {status})."
-        ) from error
-    raise _Stop(_exit_code(status), words)
-
-
-def _connection(listen: Listen, url: str | None) -> tuple[HTTPConnection, str]:
-    """A connection that is not open yet, and the words for where it goes."""
-    if url is not None:
-        return _connection_to(url), url
-    if listen.kind == "unix":
-        return _UnixConnection(listen.path), f"unix:{listen.path}"
-    if listen.kind == "fd" or listen.port == 0:
-        raise _Stop(
-            WRONG_USAGE, f'The configuration says "{listen}": name the server\'s address by --url.'
-        )
-    # What listens on every address is reached on this machine's own.
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen.host, listen.host)
-    return HTTPConnection(host, listen.port, timeout=_TIMEOUT_S), str(listen)
-
-
-def _connection_to(url: str) -> HTTPConnection:
-    wrong = _Stop(WRONG_USAGE, '--url must be an address such as "http://127.0.0.1:8081".')
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise wrong from error
-    if parts.scheme not in ("http", "https") or not host or parts.path not in ("", "/"):
-        raise wrong
-    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-    return kind(host, port, timeout=_TIMEOUT_S)
-
-
-class _UnixConnection(HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=_TIMEOUT_S)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(_TIMEOUT_S)
-        self.sock.connect(self._path)
-
-
-# -- printing ------------------------------------------------------------------------------------
-
-
-def say(words: str) -> None:
-    print(words, file=sys.stderr)
-
-
-def _print_json(value: object) -> None:
-    print(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
-
-
-def print_one(args: argparse.Namespace, row: dict[str, Any]) -> None:
-    if args.json:
-        _print_json(row)
-        return
-    width = max(map(len, row))
-    for name, value in row.items():
-        print(f"{name:<{width}}  {_cell(name, value)}")
-
-
-async def print_list(
-    args: argparse.Namespace, call: Call, path: tuple[str, ...], columns: Sequence[str]
-) -> None:
-    rows: list[dict[str, Any]] = []
-    cursor: str | None = ""
-    while cursor is not None:
-        part = Page(limit=MOST_PER_PAGE, cursor=cursor, deleted=args.deleted)
-        page = await call(Ask("GET", path, page=part))
-        rows += page["data"]
-        cursor = page["next_cursor"]
-    if args.json:
-        _print_json({"data": rows, "next_cursor": None})
-        return
-    cells = [[name.upper().replace("_", " ") for name in columns]]
-    cells += [[_cell(name, row[name]) for name in columns] for row in rows]
-    widths = [max(len(line[place]) for line in cells) for place in range(len(columns))]
-    for line in cells:
-        padded = (f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True))
-        print("  ".join(padded).rstrip())
-
-
-def _cell(name: str, value: object) -> str:
-    if value is None or value == []:
-        return "-"
-    if isinstance(value, str):
-        # Nine decimals are for programs; people get as many as say something, at least two.
-        whole, point, fraction = value.partition(".")
-        return f"{whole}.{fraction.rstrip('0'):0<2}" if point and name.endswith("_usd") else value
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value))
-    if isinstance(value, (dict, bool)):
-        return orjson.dumps(value).decode()
-    return str(value)

@@ -7,7 +7,7 @@ changed holds from its next start on.
 import argparse
 from typing import Any
 
-from gwproxy.cli.directory import (
+from gwproxy.cli.plane import (
     FINE,
     Ask,
     Call,

@@ -17,7 +17,7 @@ import orjson
 from gwproxy import assets
 from gwproxy.app import build_routes
 from gwproxy.cli.cloudflare_account import NoAccount, account
-from gwproxy.cli.directory import Ask, Call, runs
+from gwproxy.cli.plane import Ask, Call, runs
 from gwproxy.cli.printing import print_json, say, table
 from gwproxy.cloudflare.api import Api, Refused
 from gwproxy.cloudflare.logs import ExportRefused, Fetched, Progress, bring, fetch, oldest

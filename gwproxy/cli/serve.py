@@ -8,7 +8,7 @@ import uvloop
 
 from gwproxy.app import serve
 from gwproxy.assets import AssetError
-from gwproxy.cli.directory import Ask, Call, common_arguments, runs
+from gwproxy.cli.plane import Ask, Call, common_arguments, runs
 from gwproxy.cli.printing import print_json
 from gwproxy.config import Config, ConfigError, find_config, load
 from gwproxy.core.routing import CATALOGUE
