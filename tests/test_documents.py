@@ -1,0 +1,116 @@
+"""The documents: what they tell people to type works, and what they cite is there."""
+
+import asyncio
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from aiohttp.test_utils import TestClient
+
+from gwproxy.web import Router
+from tests.harness import ADMIN_KEY, Gateway
+from tests.sdk import config, demo_upstream
+
+ROOT = Path(__file__).parent.parent
+DOCS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+
+
+def blocks(document: Path, kind: str = "sh") -> list[str]:
+    """What stands between ```sh and ```, without the indentation of a list around it."""
+    found = re.findall(rf"^( *)```{kind}\n(.*?)^ *```", document.read_text(), re.M | re.S)
+    return [re.sub(rf"^{indent}", "", text, flags=re.M) for indent, text in found]
+
+
+def commands(text: str) -> Iterator[str]:
+    """Each command on one line."""
+    joined = re.sub(r"\\\n\s*", "", text)
+    yield from (line for line in joined.splitlines() if line.strip())
+
+
+async def run(script: str, folder: Path, **environ: str) -> str:
+    """What bash made of it; any command that fails fails it."""
+    process = await asyncio.create_subprocess_exec(
+        *("bash", "-c", script),
+        cwd=folder,
+        env={"PATH": os.environ["PATH"], "HOME": str(folder), **environ},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    async with asyncio.timeout(50):
+        out, _ = await process.communicate()
+    assert process.returncode == 0, out.decode()
+    return out.decode()
+
+
+# -- commands --------------------------------------------------------------------------------------
+
+# A refusal is a failure, and each command is shown, so that the one that failed is the last one.
+CURL = """
+set -euo pipefail
+curl() { echo "curl $*" >&2; command curl -sS --fail-with-body "$@"; echo; }
+"""
+
+
+async def test_every_curl_of_the_api_works_and_no_route_is_without_one(tmp_path: Path) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    demo = demo_upstream()
+    await demo.start()
+    gateway = Gateway(tmp_path, config(demo, "cloudflare-compat"))
+    async with TestClient(gateway) as client:
+        script = CURL + "".join(blocks(ROOT / "docs" / "API.md"))
+        script = script.replace("/tmp/gwproxy-", f"{tmp_path}/")
+        url = str(client.make_url("")).rstrip("/")
+        out = await run(script, tmp_path, GW=url, ADMIN=ADMIN_KEY)
+        app = gateway.app
+        assert app is not None
+        routes = app._fronts[0].router
+    await demo.stop()
+    assert "data: [DONE]" in out
+    assert '"status":"ok"' in out
+    assert asked(routes) == {(route.method, route.path) for route in routes.routes}
+
+
+def asked(routes: Router) -> set[tuple[str, str]]:
+    """The routes that the commands of API.md ask for."""
+    found = set()
+    for line in commands("".join(blocks(ROOT / "docs" / "API.md"))):
+        for path in re.findall(r"\$GW(/[^\s\"]*)", line):
+            given = re.search(r"-X (\w+)", line)
+            sends = " -d " in line or " --data-binary " in line
+            method = given[1] if given else "POST" if sends else "GET"
+            route, _ = routes.find(method, path)
+            found.add((route.method, route.path))
+    return found
+
+
+# -- what they cite --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("document", DOCS, ids=lambda path: path.name)
+def test_a_link_leads_to_a_file_and_to_a_heading_in_it(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if "://" in target:
+            continue
+        name, _, heading = target.partition("#")
+        file = (document.parent / name).resolve() if name else document
+        assert file.exists(), target
+        if heading:
+            assert heading in {anchor(line) for line in file.read_text().splitlines()}, target
+
+
+def anchor(line: str) -> str:
+    """A heading's name in a link, as GitHub makes it."""
+    words = re.sub(r"[^\w\- ]", "", line.lstrip("# ").strip().lower())
+    return words.replace(" ", "-")
+
+
+@pytest.mark.parametrize("document", DOCS, ids=lambda path: path.name)
+def test_a_test_that_is_cited_is_there(document: Path) -> None:
+    tests = ROOT / "tests"
+    for file, name in re.findall(r"`(?:tests/)?(test_\w+)\.py(?:::(\w+))?`", document.read_text()):
+        text = (tests / f"{file}.py").read_text()
+        assert not name or re.search(rf"^(async )?def {name}\(", text, re.M), (file, name)
