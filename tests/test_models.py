@@ -9,8 +9,10 @@ from openai.types import Model
 from gwproxy import assets
 from gwproxy.app import build_routes
 from gwproxy.core.pricing import PriceBook
+from gwproxy.core.routing import Routes, candidate_of, known
+from gwproxy.proxy.models import _names
 from tests.conftest import Front, StartGateway
-from tests.harness import ADMIN_KEY, Upstream, bearer, chat, make_key
+from tests.harness import ADMIN_KEY, Upstream, bearer, chat, make_key, prices
 
 COMPAT = """
 [server]
@@ -94,6 +96,50 @@ async def test_behind_the_gateway_each_configured_provider_has_its_own(compat: F
     assert set(found.values()) == {"gwproxy", "gemini", "hf", "local"}
 
 
+CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
+
+
+@pytest.mark.parametrize(
+    ("name", "routes"),
+    [
+        ("openai/gpt-4o", [CHAT, RESPONSES]),
+        ("anthropic/claude-sonnet-4-5", [CHAT, "/v1/messages"]),
+        ("groq/llama-3.3-70b-versatile", [CHAT]),
+        ("openai/text-embedding-3-small", ["/v1/embeddings"]),
+        ("google-ai-studio/gemini-embedding-001", ["/v1/embeddings"]),
+        ("workers-ai/@cf/baai/bge-m3", ["/v1/embeddings"]),
+        ("google-ai-studio/gemini-2.5-flash", [CHAT]),
+        # No route is for these: pictures, sound, ranks; and Cohere's embeddings have none here.
+        ("openai/gpt-image-1", None),
+        ("openai/gpt-realtime", None),
+        ("openai/gpt-4o-mini-tts", None),
+        ("openai/gpt-4o-transcribe", None),
+        ("openai/gpt-audio", None),
+        ("google-ai-studio/gemini-2.5-flash-image", None),
+        ("google-ai-studio/gemini-live-2.5-flash", None),
+        ("workers-ai/@cf/baai/bge-reranker-base", None),
+        ("cohere/embed-v4.0", None),
+    ],
+)
+def test_each_model_is_listed_with_the_routes_that_it_can_be_called_by(
+    catalogue: dict[str, Any], name: str, routes: list[str] | None
+) -> None:
+    assert catalogue.get(name) == routes
+
+
+def test_a_model_that_answers_in_pictures_has_no_price_of_tokens_alone() -> None:
+    google = known("google-ai-studio")
+    assert prices().rate_of(candidate_of(google, "gemini-2.5-flash-image")) is None
+    assert prices().rate_of(candidate_of(google, "gemini-2.5-flash")) is not None
+
+
+@pytest.fixture(scope="module")
+def catalogue() -> dict[str, Any]:
+    """What is offered where no provider is configured, each name with its routes."""
+    offers = dict(_names(Routes({}), prices(), ()))
+    return {name: offer.model(name)["routes"] for name, offer in offers.items()}
+
+
 async def test_without_a_provider_configured_the_catalogue_is_listed(
     start_gateway: StartGateway, upstream: Upstream
 ) -> None:
@@ -133,7 +179,13 @@ async def test_one_model_is_shown_with_its_slash_as_it_is_or_encoded(
 ) -> None:
     status, value = await shown(front, path)
     assert status == 200
-    assert value == {"id": "mock/echo", "object": "model", "created": 0, "owned_by": "upstream"}
+    assert value == {
+        "id": "mock/echo",
+        "object": "model",
+        "created": 0,
+        "owned_by": "upstream",
+        "routes": ["/v1/chat/completions", "/v1/responses", "/v1/messages"],
+    }
 
 
 @pytest.mark.parametrize(

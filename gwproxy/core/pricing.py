@@ -24,6 +24,10 @@ _MOST_KNOWN = 4096
 _LONGEST_NAME = 256
 
 
+_ALWAYS_DUE = frozenset({"requests_kcount", "output_image_mtok", "output_video_mtok"})
+"""Extras that each call costs: a fee of its own, and answers that are not text."""
+
+
 # -- rates ---------------------------------------------------------------------------------------
 
 
@@ -53,8 +57,8 @@ class Rate:
     context_window: int | None = None
     extras: tuple[str, ...] = ()
     """What this provider also charges for and this rate does not hold, by the names of the source:
-    `requests_kcount` is due on each call, others (`web_searches_kcount`, `input_audio_mtok`,
-    `cache_write_1h_mtok`) only when the request asks for the thing."""
+    `requests_kcount` and what pictures cost are due on each call, others (`web_searches_kcount`,
+    `input_audio_mtok`, `cache_write_1h_mtok`) only when the request asks for the thing."""
     listed_as: str = ""
     """The model's name in the table; empty where only an override knows it."""
     overridden: bool = False
@@ -331,8 +335,8 @@ class PriceBook:
         rate = self.rate("", candidate.sent, at_s) if candidate.verbatim else None
         if rate is None:
             rate = self.rate(candidate.provider.prices, candidate.model, at_s)
-        # A fee per call stands outside the rate. An override replaces the whole price.
-        if rate is not None and not rate.overridden and "requests_kcount" in rate.extras:
+        # These stand outside the rate. An override replaces the whole price.
+        if rate is not None and not rate.overridden and not _ALWAYS_DUE.isdisjoint(rate.extras):
             return None
         return rate
 
