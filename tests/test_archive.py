@@ -438,8 +438,12 @@ async def test_a_let_go_balance_is_fetched_before_it_is_adjusted(tmp_path: Path)
         [[spent]] = await office.place.database.read(
             "SELECT spent FROM balance WHERE account = ? AND period = ?", key
         )
+        for account in ("user:ann", "user:nobody"):
+            with pytest.raises(AssertionError, match="is to be fetched"):
+                late(office, -30, account)
         await office.archive.fetch([key, ("user:nobody", MONTH)])
         late(office, -30)
+        late(office, -3, "user:nobody")
         assert office.live.state.balances[key].spent == spent - 30
         await standing_rows(office)
         assert await office.archive.look() == [MONTH, "2025-12", "2026-01"]

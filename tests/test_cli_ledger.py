@@ -119,6 +119,14 @@ def test_a_month_is_archived_and_all_the_commands_know_it(shell: Shell) -> None:
     assert "In the archive" in shell.err and "2025-12" in shell.err
 
 
+def test_what_is_archived_is_not_priced_anew_and_that_is_told(shell: Shell) -> None:
+    shell.run("archive", "--month", MONTH)
+    assert shell.run("rerate", "--prices", "built-in") == 0
+    assert MONTH in shell.err and "2025-12" not in shell.err
+    assert shell.run("rerate", "--prices", "built-in", "--month", "2025-12") == 0
+    assert MONTH not in shell.err
+
+
 def test_one_month_is_archived_when_it_is_asked_for(shell: Shell) -> None:
     assert shell.run("archive", "--month", "2025-12") == 0
     assert "2025-12" in shell.out and MONTH not in shell.out

@@ -15,6 +15,7 @@ from typing import Any, Final
 import orjson
 
 from gwproxy import assets
+from gwproxy.app import kept
 from gwproxy.cli import archive
 from gwproxy.cli.offline import opened
 from gwproxy.config import Config, ConfigError, find_config, load
@@ -25,8 +26,9 @@ from gwproxy.core.proof import differences, unlawful
 from gwproxy.core.records import AnyRecord, decode
 from gwproxy.core.routing import CATALOGUE
 from gwproxy.core.usage import Usage
-from gwproxy.storage import inspect, reports
+from gwproxy.storage import archive_file, inspect, reports
 from gwproxy.storage.database import DatabaseRefused
+from gwproxy.storage.files import OS_FILES
 from gwproxy.storage.ledger import Older, fetch_balance, load_state, loaded_since
 from gwproxy.storage.scan import Scan
 from gwproxy.storage.segments import CHUNK_BYTES, JournalRefused
@@ -323,6 +325,10 @@ def _rerate(args: argparse.Namespace, config: Config) -> int:
         "difference_usd": format_usd(sum(would.values()) - sum(was.values())),
     }
     _print_rows(args, [*rows, totals], {"prices": book.version, "unpriced": dict(unpriced)})
+    files = archive_file.archives(OS_FILES, kept(config).archive)
+    archived = sorted({file.name[:7] for file in files if args.month in (None, file.name[:7])})
+    if archived:
+        print(f"In the archive, and not looked at: {', '.join(archived)}", file=sys.stderr)
     if unpriced and not args.json:
         for name, count in sorted(unpriced.items()):
             print(f"no price there: {name} ({count} requests)", file=sys.stderr)

@@ -79,7 +79,7 @@ class Archive:
         self._ledger = ledger
         self._writer = writer
         self._log = log
-        self._since = since
+        ledger.since = since
         self._keep_months = keep_months
         self._working = asyncio.Lock()
         self._closing = asyncio.Lock()
@@ -95,8 +95,8 @@ class Archive:
         while True:
             try:
                 await self.look()
-            except (StorageUnavailable, ArchiveRefused, OSError, TimeoutError) as error:
-                self._log.event("error", "archive", message=str(error) or type(error).__name__)
+            except (StorageUnavailable, ArchiveRefused, OSError) as error:
+                self._log.event("error", "nothing archived", message=str(error))
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def look(self) -> list[str]:
@@ -130,12 +130,13 @@ class Archive:
         state = self._ledger.state
         async with self._closing:
             for key in keys:
-                if key[1] < self._since and key not in state.balances:
+                if key[1] < self._ledger.since and key not in state.balances:
                     await self._caught_up()
                     found = State()
                     await fetch_balance(self._database, found, key)
                     for known, balance in found.balances.items():
                         state.balances.setdefault(known, balance)
+                    self._ledger.fetched.add(key)
 
     # -- the steps -----------------------------------------------------------------------------
 
@@ -252,12 +253,15 @@ class Archive:
         )
 
     async def _caught_up(self, but: int = 0) -> None:
-        """The tables have all that memory has, but for so many records. StorageUnavailable or
-        TimeoutError where they do not get it."""
+        """The tables have all that memory has, but for so many records. StorageUnavailable where
+        they do not get it."""
         if self._writer.state is Storage.LOST:
             raise StorageUnavailable("The database is not available.")
-        async with asyncio.timeout(CATCH_UP_S):
-            await self._writer.reached(self._ledger.state.lsn - but)
+        try:
+            async with asyncio.timeout(CATCH_UP_S):
+                await self._writer.reached(self._ledger.state.lsn - but)
+        except TimeoutError as error:
+            raise StorageUnavailable("The database is far behind.") from error
 
     def _look_for_months(self) -> None:
         with contextlib.suppress(OSError):  # it is a hint, and the next look tells

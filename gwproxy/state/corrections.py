@@ -13,7 +13,6 @@ from gwproxy.core.reconcile import Correction
 from gwproxy.core.records import Adjust
 from gwproxy.state.store import Store
 from gwproxy.storage import reports
-from gwproxy.storage.ledger import fetch_balance
 from gwproxy.storage.reports import Charged
 
 MOST: Final = 200
@@ -42,10 +41,7 @@ async def apply(store: Store, wanted: Sequence[Correction], actor: str) -> list[
     await store.catch_up()
     charged = await reports.charged(store.database, [one.request_id for one in wanted])
     ledger = store.ledger
-    for found in charged.values():
-        for key in _accounts(store, found):
-            if key not in ledger.state.balances:
-                await fetch_balance(store.database, ledger.state, key)
+    await store.archive.fetch([key for one in charged.values() for key in _accounts(store, one)])
     done = []
     for number, one in enumerate(wanted, 1):
         done.append(_apply(store, one, charged.get(one.request_id), actor))

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Final, TypedDict
 
 from gwproxy.core.errors import StorageUnavailable
-from gwproxy.core.ledger import Request, State, Touched, admitted, apply
+from gwproxy.core.ledger import Key, Request, State, Touched, admitted, apply
 from gwproxy.core.period import periods
-from gwproxy.core.records import AnyRecord, Settle, encode
+from gwproxy.core.records import Adjust, AnyRecord, Settle, encode
 from gwproxy.storage.journal import Journal, NotWritten, OutcomeUnknown
 
 SETTLEMENT_ROOM_BYTES: Final = 8 * 1024
@@ -137,6 +137,10 @@ class Ledger:
         self._clock = clock
         self._owed: deque[Callable[[], None]] = deque()
         self.recent = Recent() if recent is None else recent
+        self.since = ""
+        """Balances of earlier months are not in memory, unless they were fetched."""
+        self.fetched: set[Key] = set()
+        """Of those, what was looked for: where it is not in memory, there is none."""
         self.posted: Callable[[], None] = _nobody
         """Called after each record."""
 
@@ -157,6 +161,8 @@ class Ledger:
 
     def post(self, record: AnyRecord) -> Touched:
         """Write `record` and apply it. NotRecorded: nothing happened; RecordUncertain: it did."""
+        if type(record) is Adjust:
+            self._assert_there(record)
         try:
             self.journal.write(encode(record))
         except NotWritten as error:
@@ -165,6 +171,12 @@ class Ledger:
             self._apply(record)
             raise RecordUncertain(_UNAVAILABLE, retry_after_s=RETRY_AFTER_S) from error
         return self._apply(record)
+
+    def _assert_there(self, record: Adjust) -> None:
+        """A balance that memory has let go would begin at nothing here, and go on in the tables."""
+        for key in record.accounts:
+            there = key[1] >= self.since or key in self.state.balances or key in self.fetched
+            assert there, f"{key} is to be fetched before it is adjusted: see `Archive.fetch`"
 
     def _apply(self, record: AnyRecord) -> Touched:
         touched = apply(self.state, record)
