@@ -183,3 +183,24 @@ def test_without_a_server_it_holds_from_the_next_start_on(
     assert run("enable", "first", *where)[0] == 0
     code, out, _ = run("list", "--json", *where)
     assert orjson.loads(out)["data"][0]["state"] == "closed"
+
+
+async def test_what_an_operator_does_is_in_the_audit_and_what_a_breaker_does_is_not(
+    start_gateway: StartGateway, upstream: Upstream
+) -> None:
+    front = await start(start_gateway, upstream)
+    upstream.queue = [DOWN] * 3
+    for _ in range(3):
+        await status_of_a_call(front)
+    for action in ("reset", "disable", "disable", "enable"):
+        await asked(front, "POST", f"/first/{action}")
+    answer = await front.client.get("/admin/audit?noun=provider&id=first", headers=ADMIN)
+    lines = (await answer.json())["data"]
+    told = [(line["action"], line["before"]["state"], line["after"]["state"]) for line in lines]
+    assert told == [
+        ("enable", "disabled", "closed"),
+        ("disable", "closed", "disabled"),
+        ("reset", "open", "closed"),
+    ]
+    assert {line["actor"] for line in lines} == {"bootstrap"}
+    assert all(line["request_id"].startswith("req_") and line["address"] for line in lines)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench import probes, wire
+from bench.admin import run as admin_bench
 from bench.children import ROOT, ChildFailed, Children, Talker
 from bench.load import quantiles
 from bench.report import Table, ratios, remarks, render
@@ -176,3 +177,10 @@ def test_tables_are_aligned_and_quantiles_are_values_that_occurred() -> None:
     assert len({len(line) for line in lines}) == 1
     assert quantiles([3, 1, 2]) == {"p50": 2, "p99": 3, "max": 3, "count": 3}
     assert quantiles([]) == {}
+
+
+@pytest.mark.slow
+def test_the_bench_of_administration_works() -> None:
+    text = admin_bench(users=100, requests=2_000, streams=2, rounds=1, seconds=0.5)
+    assert "| create a user |" in text and "| revoke a key |" in text
+    assert "| somebody does, all the time |" in text

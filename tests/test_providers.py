@@ -24,6 +24,7 @@ from gwproxy.core.records import encode
 from gwproxy.core.routing import Candidate
 from gwproxy.core.trace import Trace
 from gwproxy.state.accounts import Terms as MoneyTerms
+from gwproxy.state.directory import Author
 from gwproxy.state.providers import BUSY, Entry, Providers, Skip
 from tests.office import Office, at_once, candidate, ends, give_spare
 
@@ -304,7 +305,7 @@ def test_a_disabled_one_is_no_reason_to_wait(
     providers = opened(rpm={"b": 1})
     enter(providers, "b").answered(0.1)
     for name in disabled:
-        at_once(providers.disable(name, "an admin"))
+        at_once(providers.disable(name, Author("an admin")))
     with pytest.raises(kind) as refusal:
         providers.available(chain("a", "b"), trace())
     assert refusal.value.retry_after_s == retry
@@ -348,15 +349,15 @@ def test_an_admin_disables_enables_and_resets_and_each_is_recorded(
     office: Office, opened: Open
 ) -> None:
     providers = opened()
-    at_once(providers.disable("a", "an admin"))
-    at_once(providers.disable("a", "an admin"))  # a second time changes nothing
-    at_once(providers.reset("a", "an admin"))
+    at_once(providers.disable("a", Author("an admin")))
+    at_once(providers.disable("a", Author("an admin")))  # a second time changes nothing
+    at_once(providers.reset("a", Author("an admin")))
     assert opened().of("a").breaker.state is State.DISABLED
-    at_once(providers.enable("a", "an admin"))
-    at_once(providers.enable("a", "an admin"))
+    at_once(providers.enable("a", Author("an admin")))
+    at_once(providers.enable("a", Author("an admin")))
     assert opened().of("a").breaker.state is State.CLOSED
     fail(providers)
-    at_once(providers.reset("a", "an admin"))
+    at_once(providers.reset("a", Author("an admin")))
     enter(providers).answered(0.1)
     assert transitions(office) == [
         ("closed", "disabled", "disabled by an admin"),
@@ -367,7 +368,7 @@ def test_an_admin_disables_enables_and_resets_and_each_is_recorded(
     assert office.waited_for == [1, 2, 4]
     office.assert_in_order()
     with pytest.raises(NotFound, match=r"Known: a, b\."):
-        at_once(providers.disable("nobody", "an admin"))
+        at_once(providers.disable("nobody", Author("an admin")))
 
 
 def test_what_restricts_holds_unrecorded_and_what_permits_does_not(
@@ -375,13 +376,13 @@ def test_what_restricts_holds_unrecorded_and_what_permits_does_not(
 ) -> None:
     providers = opened()
     with office.disk.broken(), pytest.raises(StorageUnavailable, match="not recorded"):
-        at_once(providers.disable("a", "an admin"))
+        at_once(providers.disable("a", Author("an admin")))
     assert isinstance(providers.enter("a"), Skip)
     give_spare(office.journal)
     office.ledger.pay()
     assert opened().of("a").breaker.state is State.DISABLED
     with office.disk.broken(), pytest.raises(StorageUnavailable):
-        at_once(providers.enable("a", "an admin"))
+        at_once(providers.enable("a", Author("an admin")))
     assert isinstance(providers.enter("a"), Skip)
 
 
@@ -392,7 +393,7 @@ def test_a_change_that_may_be_recorded_holds_and_says_so(
     providers = opened()
     fail(providers)
     with office.disk.broken(uncertain=True), pytest.raises(StorageUnavailable, match="not known"):
-        at_once(getattr(providers, action)("a", "an admin"))
+        at_once(getattr(providers, action)("a", Author("an admin")))
     assert isinstance(providers.enter("a"), Entry) is (action == "reset")
     assert office.ledger.state.breakers["a"].after == providers.of("a").breaker.state
 

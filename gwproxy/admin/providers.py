@@ -123,13 +123,13 @@ class Providers:
         return await self._answer(self._providers.named(provider))
 
     async def reset(self, ask: Ask, provider: str) -> Answer:
-        return await self._answer(await self._providers.reset(provider, ask.by.actor))
+        return await self._answer(await self._providers.reset(provider, ask.by))
 
     async def enable(self, ask: Ask, provider: str) -> Answer:
-        return await self._answer(await self._providers.enable(provider, ask.by.actor))
+        return await self._answer(await self._providers.enable(provider, ask.by))
 
     async def disable(self, ask: Ask, provider: str) -> Answer:
-        return await self._answer(await self._providers.disable(provider, ask.by.actor))
+        return await self._answer(await self._providers.disable(provider, ask.by))
 
     async def _answer(self, standing: standings.Standing) -> Answer:
         return Answer(self._shown(standing, await self._today()))

@@ -207,6 +207,10 @@ class Breaker(Record, frozen=True, kw_only=True, omit_defaults=True, tag="breake
     until: int = 0
     """When an open one is due to be tried again, in milliseconds since 1970."""
     why: str = ""
+    actor: str = ""
+    """Who has done it; empty: it came about by itself."""
+    address: str = ""
+    request_id: str = ""
 
 
 class Alert(Record, frozen=True, kw_only=True, omit_defaults=True, tag="alert"):

@@ -27,6 +27,7 @@ from gwproxy.core.routing import Candidate
 from gwproxy.core.trace import Trace
 from gwproxy.log import Log
 from gwproxy.metrics import Count, Metrics
+from gwproxy.state.directory import NOBODY, Author
 from gwproxy.state.ledger import Ledger, NotRecorded, RecordUncertain
 
 LOOKED_BACK: Final = 64
@@ -320,7 +321,7 @@ class Providers:
             self._record(standing, before, after, why)
         self._told(standing, before, why)
 
-    async def disable(self, name: str, who: str) -> Standing:
+    async def disable(self, name: str, by: Author) -> Standing:
         """Leave a provider alone until further notice. It holds at once, recorded or not;
         StorageUnavailable says so where it is not."""
         standing = self.named(name)
@@ -328,13 +329,13 @@ class Providers:
         standing.breaker.disable()
         if standing.breaker.state is before:
             return standing
-        why = f"disabled by {who}"
+        why = f"disabled by {by.actor}"
         self._told(standing, before, why)
         ledger = self._ledger
 
         def record() -> None:
             if standing.breaker.state is State.DISABLED:
-                self._record(standing, before, State.DISABLED, why)
+                self._record(standing, before, State.DISABLED, why, by)
 
         try:
             ledger.pay()
@@ -347,15 +348,15 @@ class Providers:
         await self._durable(ledger.state.lsn)
         return standing
 
-    async def enable(self, name: str, who: str) -> Standing:
+    async def enable(self, name: str, by: Author) -> Standing:
         """Undo `disable`: it starts as one that has never failed."""
-        return await self._admit(name, Event.ENABLE, f"enabled by {who}")
+        return await self._admit(name, Event.ENABLE, f"enabled by {by.actor}", by)
 
-    async def reset(self, name: str, who: str) -> Standing:
+    async def reset(self, name: str, by: Author) -> Standing:
         """Forget the failures of a provider. One that is disabled stays so."""
-        return await self._admit(name, Event.RESET, f"reset by {who}")
+        return await self._admit(name, Event.RESET, f"reset by {by.actor}", by)
 
-    async def _admit(self, name: str, event: Event, why: str) -> Standing:
+    async def _admit(self, name: str, event: Event, why: str, by: Author) -> Standing:
         """What lets more in has to be recorded first; StorageUnavailable, and nothing changed."""
         standing = self.named(name)
         breaker, before = standing.breaker, standing.breaker.state
@@ -363,7 +364,7 @@ class Providers:
         if after is not before:
             self._ledger.pay()
             try:
-                self._record(standing, before, after, why)
+                self._record(standing, before, after, why, by)
             except RecordUncertain as error:
                 self._apply(breaker, event)
                 self._told(standing, before, why)
@@ -381,7 +382,9 @@ class Providers:
         else:
             breaker.reset()
 
-    def _record(self, standing: Standing, before: State, after: State, why: str) -> None:
+    def _record(
+        self, standing: Standing, before: State, after: State, why: str, by: Author = NOBODY
+    ) -> None:
         ledger = self._ledger
         until = 0
         if after is State.OPEN:
@@ -394,6 +397,9 @@ class Providers:
                 after=after,
                 until=until,
                 why=why,
+                actor=by.actor,
+                address=by.address,
+                request_id=by.request_id,
             )
         )
 

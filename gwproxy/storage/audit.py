@@ -9,12 +9,13 @@ from typing import Any, Final
 
 import msgspec
 
-from gwproxy.core.records import Adjust, Admin, Import
+from gwproxy.core.records import Adjust, Admin, Breaker, Import
 from gwproxy.storage import directory
 from gwproxy.storage.database import Reader, assert_in_transaction
 
 _INSERT: Final = "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _NOUNS: Final = {"user": "user", "org": "organization"}
+_DISABLED: Final = "disabled"
 _AUDITED: Final = ("grant", "reset")
 """Of adjustments: the others are made by the program, many at a time."""
 
@@ -55,9 +56,24 @@ def adjusted(connection: sqlite3.Connection, record: Adjust) -> None:
     _insert(connection, record, record.type, _NOUNS.get(scope, scope), name, None, shown)
 
 
+def operated(connection: sqlite3.Connection, record: Breaker) -> None:
+    """Store what somebody has done to a provider; what came about by itself is not his change."""
+    if not record.actor:
+        return
+    assert_in_transaction(connection)
+    if _DISABLED in (record.before, record.after):
+        action = "disable" if record.after == _DISABLED else "enable"
+    else:
+        action = "reset"
+    before, after = (
+        msgspec.json.encode({"state": state}).decode() for state in (record.before, record.after)
+    )
+    _insert(connection, record, action, "provider", record.provider, before, after)
+
+
 def _insert(
     connection: sqlite3.Connection,
-    record: Admin | Adjust | Import,
+    record: Admin | Adjust | Import | Breaker,
     action: str,
     noun: str,
     name: str,

@@ -501,6 +501,7 @@ def _write_other(
                 _PUT_BREAKER,
                 (record.provider, lsn, t, record.before, record.after, record.until, record.why),
             )
+            audit.operated(connection, record)
     if isinstance(record, Admin | Adjust) and record.idempotency_key is not None:
         assert_in_transaction(connection)
         connection.execute(_PUT_KEY, (record.idempotency_key, lsn, t))
