@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from gwproxy import assets
 from gwproxy.cli import main
-from gwproxy.cli import prices as command
+from gwproxy.cli.prices import override
+from gwproxy.cli.prices.toml_table import with_price
 from gwproxy.config import load
 from gwproxy.core.pricing import PriceBook
 from gwproxy.core.routing import CATALOGUE
@@ -313,7 +314,7 @@ def test_unset_leaves_the_comments_and_the_empty_lines_that_part_them() -> None:
         (before + own + "[b]\n", before + "[b]\n"),
         ("a = 1\n" + own + after, "a = 1\n" + after),
     ]:
-        assert command.with_price(text, "x", None) == left
+        assert with_price(text, "x", None) == left
 
 
 def test_what_is_set_and_unset_again_leaves_no_trace(
@@ -437,7 +438,7 @@ def test_an_edit_that_would_change_anything_else_is_not_written(file: Path) -> N
     own = '[prices.models."mock/echo"]\ninput = "1"\noutput = "2"\n'
     draft = file.with_name("draft.toml")
     draft.write_text(LOCAL + own)
-    assert command._checked(draft, config, "mock/echo", row).prices.models.keys() == {"mock/echo"}
+    assert override._checked(draft, config, "mock/echo", row).prices.models.keys() == {"mock/echo"}
     for text in (
         LOCAL + own.replace("echo", "ohce"),
         LOCAL + own.replace("2", "3"),
@@ -447,7 +448,7 @@ def test_an_edit_that_would_change_anything_else_is_not_written(file: Path) -> N
     ):
         draft.write_text(text)
         with pytest.raises(ValueError, match="by hand"):
-            command._checked(draft, config, "mock/echo", row)
+            override._checked(draft, config, "mock/echo", row)
 
 
 def test_a_file_that_somebody_else_changes_meanwhile_is_left_to_them(file: Path) -> None:
@@ -459,7 +460,7 @@ def test_a_file_that_somebody_else_changes_meanwhile_is_left_to_them(file: Path)
         return config
 
     with pytest.raises(ValueError, match="somebody else"):
-        command._replace(file, file.read_bytes(), b"ours", edit)
+        override._replace(file, file.read_bytes(), b"ours", edit)
     assert file.read_bytes() == b"theirs"
     assert list(file.parent.iterdir()) == [file]
 
@@ -641,18 +642,18 @@ def test_any_file_stays_as_it_is_but_for_that_one_table(parts: tuple[str, str, s
     text = before + own + after
     _, rest = apart(read(text), name)
 
-    written = command.with_price(text, name, WANTED)
+    written = with_price(text, name, WANTED)
     assert apart(read(written), name) == (MEANT, rest)
     assert written.startswith(before) and written.endswith(after)
-    assert command.with_price(written, name, WANTED) == written
+    assert with_price(written, name, WANTED) == written
     assert written.count("# kept?") <= own.count("# kept?") <= written.count("# kept?") + len(OLD)
 
     if "\r\n" in text:
         assert written.count("\r\n") == written.count("\n")
 
-    without = command.with_price(text, name, None)
+    without = with_price(text, name, None)
     assert apart(read(without), name) == (None, rest)
     parted = before.removesuffix("\n").removesuffix("\r")  # by an empty line, now of no use
     assert without in (before + after, parted + after)
     if not own and (not text or text.endswith("\n")):
-        assert command.with_price(written, name, None) == text
+        assert with_price(written, name, None) == text

@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gwproxy import assets
-from gwproxy.cli import prices as command
+from gwproxy.cli.prices import build
 from gwproxy.core.money import Picos, nanos_from_picos
 from gwproxy.core.pricing import PriceBook, Rate, Tier
 from gwproxy.core.routing import Provider, Routes
@@ -44,8 +44,8 @@ WITH_FALLBACK = {"azure-openai", "google-vertex-ai"}
 def source_model(slug: str, name: str) -> ModelInfo | None:
     if slug == "custom-hf":  # the router: `model:host`, each host a provider of the source
         name, _, host = name.rpartition(":")
-        return SOURCE[f"{command.HUGGINGFACE}{host}"].find_model(name)
-    provider = SOURCE[command.SOURCES[slug]]
+        return SOURCE[f"{build.HUGGINGFACE}{host}"].find_model(name)
+    provider = SOURCE[build.SOURCES[slug]]
     others = source_providers if slug in WITH_FALLBACK else None
     return provider.find_model(name, all_providers=others)
 
@@ -126,16 +126,16 @@ def spellings(model: ModelInfo) -> Iterator[str]:
 NAMES = sorted(
     {
         (slug, name)
-        for slug, source_id in command.SOURCES.items()
+        for slug, source_id in build.SOURCES.items()
         for model in SOURCE[source_id].models
         for name in spellings(model)
     }
     | {("azure-openai", model.id) for model in SOURCE["openai"].models}
     | {("google-vertex-ai", model.id) for model in SOURCE["anthropic"].models}
     | {
-        ("custom-hf", f"{name}:{source_id.removeprefix(command.HUGGINGFACE)}")
+        ("custom-hf", f"{name}:{source_id.removeprefix(build.HUGGINGFACE)}")
         for source_id, source in SOURCE.items()
-        if source_id.startswith(command.HUGGINGFACE)
+        if source_id.startswith(build.HUGGINGFACE)
         for model in source.models
         for name in spellings(model)
     }
@@ -178,9 +178,9 @@ def test_any_usage_at_any_time_costs_what_the_source_says(
 def test_the_shipped_table_is_the_one_that_the_installed_source_gives() -> None:
     from importlib import metadata
 
-    table = command.compile_table(source_providers, metadata.version("genai-prices"))
+    table = build.compile_table(source_providers, metadata.version("genai-prices"))
     shipped = Path(assets.__file__).parent / "data" / assets.PRICES
-    assert command.serialise(table) == shipped.read_bytes()
+    assert build.serialise(table) == shipped.read_bytes()
 
 
 def test_a_model_without_a_price_is_not_taken_for_its_neighbour() -> None:
@@ -193,7 +193,7 @@ def test_a_model_without_a_price_is_not_taken_for_its_neighbour() -> None:
         ),
         ModelInfo(id="bell", match=ClauseEquals("bell"), prices=unpriced),
     ]
-    rows = command._models(models)
+    rows = build._models(models)
     book = PriceBook({"version": "t", "aliases": {}, "providers": {"p": {"models": rows}}})
     assert sorted(rows) == ["clock", "clock-free", "speech"]
     for name in ("speech-clock", "clock-free", "bell"):
