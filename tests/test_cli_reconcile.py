@@ -7,6 +7,7 @@ import csv
 import io
 import os
 import random
+import sqlite3
 import subprocess
 import sys
 import time
@@ -190,7 +191,7 @@ class History:
                 )  # fmt: skip
         return rows
 
-    async def write(self, folder: Path) -> None:
+    async def write(self, folder: Path, *, in_database: bool = True) -> None:
         kept = Kept(folder / "gwproxy.db", folder / "journal", segment_bytes=1 << 26)
         async with opened(kept, Log(io.StringIO(), "error"), files=Disk()) as store:
             ledger = store.ledger
@@ -229,6 +230,8 @@ class History:
                 )  # fmt: skip
                 if number % 500 == 0:
                     await asyncio.sleep(0)
+            if in_database:
+                await store.writer.reached(ledger.state.lsn)
 
     def words(self) -> tuple[str, ...]:
         return ("reconcile", "--from", stamp(self.start), "--to", stamp(self.end))
@@ -358,6 +361,23 @@ async def test_an_interrupted_run_goes_on_where_it_stopped(run: Shell, demo: Dem
     assert "where it stopped" in run.err
     assert counts(run.json) == Counter(equal=3_000)
     assert len(demo.requests) - seen < 50
+
+
+async def test_what_the_database_does_not_have_yet_is_not_compared(
+    run: Shell, demo: DemoUpstream
+) -> None:
+    history = History(50, every=1000)
+    await history.write(run.folder)
+    # As a process that was killed leaves it: the journal knows more.
+    with sqlite3.connect(run.folder / "gwproxy.db") as connection:
+        connection.execute("DELETE FROM request WHERE lsn > 61")
+        t = history.t(30) + 1
+        connection.execute("UPDATE meta SET applied_lsn = 61, applied_t = ?", (t,))
+    connection.close()
+    demo.management.logs.plant(history.log())
+    assert await run(*history.words(), "--json") == 0, run.out
+    assert "records behind" in run.err
+    assert counts(run.json) == Counter(equal=31)
 
 
 async def test_an_empty_log_says_how_to_turn_it_on(run: Shell, demo: DemoUpstream) -> None:

@@ -41,6 +41,7 @@ from gwproxy.core.usage import Usage
 from gwproxy.state.corrections import MOST
 from gwproxy.storage import inspect
 from gwproxy.storage.database import DatabaseRefused
+from gwproxy.storage.ledger import Mark
 from gwproxy.storage.reconcile import Book, BookRefused, beside, book, lines
 
 FINE: Final = 0
@@ -142,6 +143,7 @@ async def _compare(
             oldest_ms = await oldest(api, gateway)
             fetched = await _fetch(args, api, gateway, kept, begin, end, now_ms)
     with inspect.tables(config.storage.path) as tables:
+        end = _known_until(config, tables.mark, begin, end)
         await tables.run(lambda c: kept.take_ours(lines(c, begin - MARGIN_MS, end + MARGIN_MS)))
     names = _names(config)
     with _csv(args.csv, args.all) as sink:
@@ -186,6 +188,20 @@ def _span(
     if kept.begin(orjson.dumps(about, option=orjson.OPT_SORT_KEYS).decode()):
         say(f"Going on with {rfc3339(begin)} to {rfc3339(end)} where it stopped.")
     return begin, end
+
+
+def _known_until(config: Config, mark: Mark, since: int, until: int) -> int:
+    """How far the database goes, where the journal has more than it: what came later is in neither
+    of the two sides that are compared."""
+    if mark.t >= until:
+        return until
+    behind = inspect.journal(config.storage.journal, mark.lsn).trail.end.lsn - mark.lsn
+    if behind <= 0:
+        return until
+    say(f"The database is {behind:,} records behind: compared up to {rfc3339(mark.t)}.")
+    if mark.t <= since:
+        raise _Stop(DIFFERS, "Nothing is there yet: start the server, or run it again in a minute.")
+    return mark.t
 
 
 async def _fetch(
