@@ -31,6 +31,7 @@ FAMILIES: Final[Mapping[str, str]] = {
     "doctor": "doctor",
     "cloudflare": "cloudflare",
     "reconcile": "reconcile",
+    "simulate": "simulate",
 }
 """Each command and the module of this package that has it, in the order of the help text."""
 

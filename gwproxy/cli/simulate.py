@@ -1,0 +1,329 @@
+"""`gwproxy simulate`: what other limits, prices or providers would have made of the same calls."""
+
+import argparse
+import asyncio
+import csv
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+from gwproxy import assets
+from gwproxy.app import build_routes
+from gwproxy.cli.printing import print_json, say, table
+from gwproxy.config import Config, ConfigError, find_config, load
+from gwproxy.core.money import format_rate, format_usd, parse_rate, parse_usd
+from gwproxy.core.period import end_ms, rfc3339
+from gwproxy.core.pricing import PriceBook
+from gwproxy.core.routing import CATALOGUE, Routes
+from gwproxy.core.simulate import Call, Outcome, Price, Scenario, example, simulate
+from gwproxy.core.usage import Usage
+from gwproxy.storage import inspect, reports
+from gwproxy.storage.database import DatabaseRefused
+
+FINE: Final = 0
+FAILED: Final = 1
+WRONG_USAGE: Final = 2
+
+_EXAMPLE_FAILOVER: Final = 20
+"""One call in twenty: the five per cent that a team should reckon with."""
+
+
+_MOST: Final = 10
+"""Limits that are named one by one."""
+
+
+class _Wrong(Exception):
+    """An argument or a file that cannot be used; the words name it and the cure."""
+
+
+def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "simulate",
+        help="what other limits, prices or providers would have made of the calls there were",
+        description="Goes through the calls of a month, of a file, or of an example (100 issues a "
+        "month, 1,000 tokens in and 500 out, 5 %% failing over), and changes nothing.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="default: $GWPROXY_CONFIG, ./config.toml")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--month", metavar="M", help='calls of the ledger, such as "2026-11"')
+    which.add_argument("--file", type=Path, metavar="USAGE", help="JSON lines or CSV")
+    which.add_argument("--example", action="store_true", help="the example; the default")
+    parser.add_argument(
+        "--limit", action="append", default=[], metavar="ACCOUNT=USD",
+        help='a month\'s: "user:alice=5", "org:acme=100", or "user=5" for each; may be repeated',
+    )  # fmt: skip
+    parser.add_argument(
+        "--price", action="append", default=[], metavar="MODEL=IN,OUT",
+        help='USD per million tokens: "openai/gpt-4o-mini=0.2,0.8"; may be repeated',
+    )  # fmt: skip
+    parser.add_argument("--prices", type=Path, metavar="FILE", help="another compiled price table")
+    parser.add_argument(
+        "--chain", metavar="MODELS", help='"gemini/gemini-2.5-flash,openai/gpt-4o-mini", or "auto"'
+    )
+    parser.add_argument("--failover", metavar="PERCENT", help="of the chain's calls; default: 0")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        config = load(find_config(args.config, os.environ), os.environ, catalogue=CATALOGUE)
+        book = _book(args, config)
+        routes = build_routes(config, book)
+        of_example = args.month is None and args.file is None
+        scenario = Scenario(
+            _limits(args.limit),
+            _chain(routes, args.chain or ("auto" if of_example else "")),
+            _failover(args.failover, _EXAMPLE_FAILOVER if of_example else 0),
+        )
+        price = _price(routes, book)
+        outcome = _run(args, config, scenario, price)
+    except (ConfigError, _Wrong) as error:
+        say(str(error))
+        return WRONG_USAGE
+    except DatabaseRefused as error:
+        say(str(error))
+        return FAILED
+    _tell(args, outcome, charged=args.month is not None)
+    return FINE
+
+
+def _run(args: argparse.Namespace, config: Config, scenario: Scenario, price: Price) -> Outcome:
+    if args.file is not None:
+        return simulate(_of_file(args.file), scenario, price)
+    if args.month is None:
+        today = datetime.now(UTC)
+        start = int(datetime(today.year, today.month, 1, tzinfo=UTC).timestamp()) * 1000
+        return simulate(example(start, scenario.chain), scenario, price)
+    try:
+        end_ms(args.month)
+    except ValueError:
+        raise _Wrong(f'--month: write a month such as "2026-11", not {args.month!r}.') from None
+    with inspect.tables(config.storage.path) as tables:
+        return asyncio.run(
+            tables.run(
+                lambda c: simulate(_of_month(reports.settled(c, args.month)), scenario, price)
+            )
+        )
+
+
+# -- the calls -------------------------------------------------------------------------------------
+
+
+def _of_month(requests: Iterable[Any]) -> Iterator[Call]:
+    for found in requests:
+        if found.cost:
+            who = (found.user_id, found.org_id, found.key_id)
+            usage = Usage(*found.tokens)
+            yield Call(found.t, *who, found.provider, found.upstream_model, usage, found.cost)
+
+
+def _of_file(path: Path) -> Iterator[Call]:
+    """Rows with model, input and output tokens; time, user, organization and key where they are
+    known. In the order of the file."""
+    number = 0
+    try:
+        with path.open(newline="") as stream:
+            json_lines = path.suffix in (".json", ".jsonl", ".ndjson")
+            rows: Iterable[Mapping[str, Any]] = (
+                map(orjson.loads, filter(str.strip, stream))
+                if json_lines
+                else csv.DictReader(stream)
+            )
+            for number, row in enumerate(rows, 1):
+                yield _call(row, number)
+    except OSError as error:
+        raise _Wrong(f"{path}: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _Wrong(
+            f"{path}: row {number + 1 if isinstance(error, orjson.JSONDecodeError) else number}: "
+            "needs model (as in openai/gpt-4o-mini), input_tokens and output_tokens; may have "
+            "created_at, user_id, org_id, key_id, cost_usd."
+        ) from error
+    if not number:
+        raise _Wrong(f"{path} has no rows.")
+
+
+def _call(row: Mapping[str, Any], number: int) -> Call:
+    provider, slash, model = str(row["model"]).partition("/")
+    if not slash:
+        provider, model = str(row["provider"]), provider
+    tokens = [int(row.get(name) or row[other]) for name, other in _TOKENS]
+    if min(tokens) < 0:
+        raise ValueError("fewer tokens than none")
+    made = row.get("created_at")
+    moment = datetime.fromisoformat(str(made)) if made else datetime.fromtimestamp(number, UTC)
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    cost = row.get("cost_usd")
+    return Call(
+        int(moment.timestamp() * 1000),
+        str(row.get("user_id") or "-"),
+        str(row.get("org_id") or "-"),
+        str(row.get("key_id") or "-"),
+        provider,
+        model,
+        Usage(input=tokens[0], output=tokens[1]),
+        parse_usd(str(cost)) if cost not in (None, "") else None,
+    )
+
+
+_TOKENS: Final = (("input_tokens", "tokens_in"), ("output_tokens", "tokens_out"))
+
+# -- what is different -----------------------------------------------------------------------------
+
+
+def _limits(written: Iterable[str]) -> dict[str, int]:
+    limits = {}
+    for text in written:
+        account, equals, amount = text.rpartition("=")
+        kind = account.partition(":")[0]
+        try:
+            if not equals or kind not in ("key", "user", "org"):
+                raise ValueError
+            limits[account] = int(parse_usd(amount))
+        except ValueError:
+            raise _Wrong(
+                f'--limit: write "user:alice=5", "org:acme=100" or "user=5", not {text!r}.'
+            ) from None
+    return limits
+
+
+def _book(args: argparse.Namespace, config: Config) -> PriceBook:
+    overrides: dict[str, Mapping[str, object]] = {
+        name: price.row() for name, price in config.prices.models.items()
+    }
+    for text in args.price:
+        name, equals, rates = text.rpartition("=")
+        try:
+            rate_in, rate_out = (format_rate(parse_rate(rate)) for rate in rates.split(","))
+            if not equals or "/" not in name:
+                raise ValueError
+        except ValueError:
+            raise _Wrong(f'--price: write "openai/gpt-4o-mini=0.2,0.8", not {text!r}.') from None
+        overrides[name] = {"input": rate_in, "output": rate_out}
+    try:
+        prices = (
+            assets.prices()
+            if args.prices is None
+            else assets.parse_prices(args.prices.read_bytes())
+        )
+        return PriceBook(prices, overrides)
+    except (OSError, ValueError, assets.AssetError) as error:
+        raise _Wrong(f"{args.prices}: {error}") from error
+
+
+def _chain(routes: Routes, written: str) -> list[tuple[str, str]]:
+    chain = []
+    for name in filter(None, written.split(",")):
+        found = routes.resolve(name.strip())
+        if found is None:
+            raise _Wrong(
+                f'--chain: {name!r} is no model here: write "openai/gpt-4o-mini" or an alias.'
+            )
+        chain += [(candidate.provider.name, candidate.model) for candidate in found]
+    return chain
+
+
+def _failover(written: str | None, default: int) -> int:
+    """One in so many; 0: none."""
+    if written is None:
+        return default
+    try:
+        percent = float(written.removesuffix("%"))
+        if not 0 <= percent <= 50:
+            raise ValueError
+    except ValueError:
+        raise _Wrong(f"--failover: a number from 0 to 50, not {written!r}.") from None
+    return round(100 / percent) if percent else 0
+
+
+def _price(routes: Routes, book: PriceBook) -> Price:
+    def price(provider: str, model: str, usage: Usage, at_ms: int) -> int | None:
+        known = routes.providers.get(provider)
+        slug = known.prices if known else CATALOGUE.get(provider, provider)
+        rate = book.rate(slug, model, at_ms / 1000)
+        return None if rate is None else rate.cost(usage)
+
+    return price
+
+
+# -- telling ---------------------------------------------------------------------------------------
+
+
+def _tell(args: argparse.Namespace, outcome: Outcome, *, charged: bool) -> None:
+    if args.json:
+        print_json(_row(outcome))
+        return
+    rows = []
+    for (provider, model), served in sorted(outcome.served.items()):
+        row: dict[str, Any] = {
+            "provider": provider,
+            "model": model,
+            "calls": served.calls,
+            "tokens in": served.input,
+            "tokens out": served.output,
+        }
+        if charged:
+            row["was"] = _usd(served.was)
+        rows.append(row | {"would be": _usd(served.would_be)})
+    print("\n".join(table(rows)) or "No call would have been served.")
+    before = f", and was {_usd(outcome.was)}" if charged else ""
+    print(f"\nIn all it would be {_usd(outcome.would_be)}{before}.")
+    fullest = sorted(outcome.refused.items(), key=lambda one: -one[1].calls)
+    for account, refused in fullest[:_MOST]:
+        calls = _count(refused.calls, "call")
+        print(f"The limit of {account} would have refused {calls}{_first(refused.first)}.")
+    if len(fullest) > _MOST:
+        print(f"So would {len(fullest) - _MOST:,} other limits; --json has all.")
+    every = outcome.all_refused
+    if every.calls:
+        calls, users = _count(every.calls, "call"), _count(len(every.users), "user")
+        print(f"It would have refused {calls} of {users}{_first(every.first)}.")
+    elif args.limit:
+        print("It would have refused no call.")
+    for (provider, model), count in sorted(outcome.unpriced.items()):
+        say(f"no price for {provider}/{model} ({count:,} calls): taken as it was charged")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def _first(at_ms: int | None) -> str:
+    return "" if at_ms is None else f", first at {rfc3339(at_ms // 1000 * 1000)}"
+
+
+def _row(outcome: Outcome) -> dict[str, Any]:
+    refused = outcome.all_refused
+    return {
+        "served": [
+            {
+                "provider": provider,
+                "model": model,
+                "calls": served.calls,
+                "input_tokens": served.input,
+                "output_tokens": served.output,
+                "was_usd": format_usd(served.was),
+                "would_be_usd": format_usd(served.would_be),
+            }
+            for (provider, model), served in sorted(outcome.served.items())
+        ],
+        "was_usd": format_usd(outcome.was),
+        "would_be_usd": format_usd(outcome.would_be),
+        "refused": {
+            "calls": refused.calls,
+            "users": len(refused.users),
+            "first_at": None if refused.first is None else rfc3339(refused.first),
+            "by_account": {name: one.calls for name, one in sorted(outcome.refused.items())},
+        },
+        "unpriced": {f"{p}/{m}": count for (p, m), count in sorted(outcome.unpriced.items())},
+    }
+
+
+def _usd(amount: int) -> str:
+    whole, _, fraction = format_usd(amount).partition(".")
+    return f"${whole}.{fraction.rstrip('0'):0<2}"

@@ -1,0 +1,144 @@
+"""What would have been: calls as they were made, under other limits, prices or providers. Pure.
+
+A call is refused here when what it really cost would not have fitted; the gateway holds what it may
+cost at most, so that it refuses no later than this says.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from gwproxy.core.period import periods
+from gwproxy.core.usage import Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call as it was. `t` is milliseconds since 1970."""
+
+    t: int
+    user_id: str
+    org_id: str
+    key_id: str
+    provider: str
+    model: str
+    usage: Usage
+    cost: int | None
+    """Nano-USD, as charged; None: nobody charged it."""
+
+    def accounts(self) -> tuple[str, ...]:
+        return f"key:{self.key_id}", f"user:{self.user_id}", f"org:{self.org_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """What is to be different. `limits` are a month's, in nano-USD, by account (`user:alice`) or by
+    kind (`user`, each of them); `chain` are (provider, model) in their order, empty: as it was."""
+
+    limits: Mapping[str, int] = field(default_factory=dict)
+    chain: Sequence[tuple[str, str]] = ()
+    failover: int = 0
+    """Of so many calls one goes on to the next of the chain; 0: none does."""
+
+
+Price = Callable[[str, str, Usage, int], int | None]
+"""What a provider's model would cost for a usage at a time, in nano-USD; None: no price."""
+
+
+@dataclass(slots=True)
+class Served:
+    calls: int = 0
+    input: int = 0
+    output: int = 0
+    was: int = 0
+    would_be: int = 0
+
+
+@dataclass(slots=True)
+class Refused:
+    calls: int = 0
+    users: set[str] = field(default_factory=set)
+    first: int | None = None
+    """When, in milliseconds since 1970."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    served: dict[tuple[str, str], Served] = field(default_factory=dict)
+    """By provider and model."""
+    refused: dict[str, Refused] = field(default_factory=dict)
+    """By the account that was full."""
+    all_refused: Refused = field(default_factory=Refused)
+    unpriced: dict[tuple[str, str], int] = field(default_factory=dict)
+    was: int = 0
+    would_be: int = 0
+
+
+def simulate(calls: Iterable[Call], scenario: Scenario, price: Price) -> Outcome:
+    """`calls` in the order of their time."""
+    outcome = Outcome()
+    spent: dict[tuple[str, str], int] = {}
+    for number, call in enumerate(calls):
+        was = call.cost or 0
+        outcome.was += was
+        provider, model = _served_by(call, number, scenario)
+        cost = price(provider, model, call.usage, call.t)
+        if cost is None:
+            place = (provider, model)
+            outcome.unpriced[place] = outcome.unpriced.get(place, 0) + 1
+            cost = was
+        month = periods(call.t)[0]
+        full = _full(call, cost, month, spent, scenario.limits)
+        if full is not None:
+            for refused in (outcome.refused.setdefault(full, Refused()), outcome.all_refused):
+                refused.calls += 1
+                refused.users.add(call.user_id)
+                refused.first = call.t if refused.first is None else refused.first
+            continue
+        for account in call.accounts():
+            spent[account, month] = spent.get((account, month), 0) + cost
+        served = outcome.served.setdefault((provider, model), Served())
+        served.calls += 1
+        served.input += call.usage.input_total
+        served.output += call.usage.output
+        served.was += was
+        served.would_be += cost
+        outcome.would_be += cost
+    return outcome
+
+
+def _served_by(call: Call, number: int, scenario: Scenario) -> tuple[str, str]:
+    """The first of the chain; of so many calls one by the second, of so many of these the third."""
+    if not scenario.chain:
+        return call.provider, call.model
+    place, rest = 0, number
+    while scenario.failover > 0 and place < len(scenario.chain) - 1:
+        rest, left = divmod(rest, scenario.failover)
+        if left != scenario.failover - 1:
+            break
+        place += 1
+    return scenario.chain[place]
+
+
+def _full(
+    call: Call,
+    cost: int,
+    month: str,
+    spent: Mapping[tuple[str, str], int],
+    limits: Mapping[str, int],
+) -> str | None:
+    """The account on which it would not have fitted."""
+    for account in call.accounts():
+        limit = limits.get(account, limits.get(account.partition(":")[0]))
+        if limit is not None and spent.get((account, month), 0) + cost > limit:
+            return account
+    return None
+
+
+def example(start_ms: int, chain: Sequence[tuple[str, str]]) -> Iterable[Call]:
+    """A month of a small team's: 100 issues, each with 1,000 tokens in and 500 out."""
+    provider, model = chain[0]
+    for number in range(100):
+        # Spread over 28 days, which every month has.
+        at = start_ms + number * 28 * 86_400_000 // 100
+        usage = Usage(input=1_000, output=500)
+        yield Call(at, f"user_{number % 4 + 1}", "team", "key", provider, model, usage, None)
