@@ -326,6 +326,20 @@ async def test_clients_that_leave_open_no_breaker(pair: Pair) -> None:
     assert await metric(front, "gwproxy_breaker_state", provider="first") == 0
 
 
+async def test_a_stream_that_the_budget_cuts_is_no_failure_of_its_provider(pair: Pair) -> None:
+    front = await pair.open(GWPROXY__BREAKER__FAILURE_THRESHOLD="1")
+    made = await front.client.post(
+        "/admin/users", json={"user_id": "poor", "monthly_limit_usd": "0.0005"}, headers=ADMIN
+    )
+    assert made.status == 201
+    front.key = await make_key(front.client, "poor")
+    pair.first.script = stream_then_wait(*[delta(" hello" * 20) for _ in range(30)])
+    response = await pair.ask(True, model="first/one")
+    assert b"insufficient_quota" in await response.read()
+    assert (await front.gateway.request_line())["outcome"] == "cut"
+    assert await metric(front, "gwproxy_breaker_state", provider="first") == 0
+
+
 async def test_an_open_breaker_outlives_the_process(
     start_gateway: StartGateway, pair: Pair
 ) -> None:
@@ -408,6 +422,41 @@ async def test_requests_a_minute_move_on_and_then_are_refused(pair: Pair) -> Non
     assert 55 <= int(response.headers["Retry-After"]) <= 60
     assert pair.counts == (2, 1)
     assert (await front.gateway.request_line(least=4))["error_type"] == "policy_rate"
+
+
+async def test_who_finds_a_provider_busy_after_his_admission_moves_on_too(pair: Pair) -> None:
+    """With a journal that is waited for, several are admitted before the first of them is sent."""
+    front = await pair.open("rpm = 2", GWPROXY__STORAGE__SYNCHRONOUS="full")
+    async with asyncio.TaskGroup() as group:
+        calls = [group.create_task(pair.ask()) for _ in range(6)]
+    responses = [call.result() for call in calls]
+    served = [response.headers["x-gateway-provider"] for response in responses]
+    assert sorted(served) == ["first"] * 2 + ["second"] * 4
+    assert pair.counts == (2, 4)
+    for response in responses:
+        receipt = await pair.receipt(response)
+        first = receipt["provider"] == "first"
+        assert receipt["edits"] == ([] if first else ["skipped first: requests a minute"])
+        assert [each["provider"] for each in receipt["attempts"]] == [receipt["provider"]]
+    app = front.gateway.app
+    assert app is not None
+    assert not app._store.ledger.state.holds
+
+
+async def test_who_finds_nobody_after_his_admission_is_told_and_pays_nothing(pair: Pair) -> None:
+    front = await pair.open("rpm = 2", GWPROXY__STORAGE__SYNCHRONOUS="full")
+    async with asyncio.TaskGroup() as group:
+        calls = [group.create_task(pair.ask(model="first/one")) for _ in range(6)]
+    statuses = sorted(call.result().status for call in calls)
+    assert statuses == [200, 200, 429, 429, 429, 429]
+    refused = next(call.result() for call in calls if call.result().status == 429)
+    assert int(refused.headers["Retry-After"]) > 50
+    app = front.gateway.app
+    assert app is not None
+    state = app._store.ledger.state
+    assert not state.holds
+    [counted] = [b.count for (name, _), b in state.balances.items() if name == "user:alice"]
+    assert counted == 2
 
 
 async def test_the_ceiling_is_of_all_attempts_at_all_providers(pair: Pair) -> None:

@@ -33,7 +33,7 @@ from gwproxy.log import Log
 from gwproxy.metrics import Metrics
 from gwproxy.proxy.reply import Patience, Reply
 from gwproxy.proxy.upstream import SHUTDOWN, TRUNCATED, Connection, Failure, Origin, Pool, Upstream
-from gwproxy.state.providers import OVER_BUDGET, Entry, Providers, Skip, unavailable
+from gwproxy.state.providers import BUSY, OVER_BUDGET, Entry, Providers, Skip, unavailable
 from gwproxy.state.reservation import Outcome, Planned, Priced, Reservation
 
 _NOT_AN_ANSWER = Verdict(NO_COMPLETION, 502, hint=NO_COMPLETION.hint)
@@ -186,6 +186,7 @@ class Sending:
     """One request on its way along the chain."""
 
     __slots__ = (
+        "_busy",
         "_dispatch",
         "_entry",
         "_principal",
@@ -205,6 +206,8 @@ class Sending:
         self._request: ModelRequest = reservation.quote.request
         self._reply: Reply | None = None
         self._entry: Entry | None = None
+        self._busy = True
+        """Whoever was passed over was so for the requests of this minute."""
 
     async def __aenter__(self) -> Reply:
         dispatch, reservation, trace = self._dispatch, self._reservation, self._trace
@@ -278,6 +281,7 @@ class Sending:
         return held, entry
 
     def _pass_over(self, skip: Skip) -> None:
+        self._busy = self._busy and skip.why == BUSY
         self._dispatch.providers.tell(self._trace, (skip,))
         self._reservation.notes += (str(skip),)
 
@@ -321,7 +325,7 @@ class Sending:
         if verdict is None:
             # They were all there when the request was admitted: nothing was sent, nothing counts.
             self._reservation.outcome = Outcome.VOID
-            return unavailable(trace.wait_s)
+            return unavailable(trace.wait_s, busy=self._busy)
         if verdict.meaning not in (Meaning.CALLER_ERROR, Meaning.POLICY_BLOCK):
             self._dispatch.log.event(
                 "error",
