@@ -83,8 +83,7 @@ def lines(config: Config) -> list[str]:
         (
             "patience",
             f"{_seconds(upstream.total_timeout_s)} s until an answer counts, over all attempts; "
-            + (f"{upstream.retries} retries" if upstream.retries else "no retries")
-            + " of a chain's last provider; "
+            + f"a chain's last provider is asked {_times(upstream.retries)}; "
             + (
                 f"at most {upstream.rpm_ceiling} requests a minute over all providers"
                 if upstream.rpm_ceiling
@@ -229,6 +228,12 @@ def _chain_line(model: Model) -> str:
         f"{entry.provider}/{entry.model}" + (f" (weight {entry.weight})" if entry.weight else "")
         for entry in model.chain
     )
+
+
+def _times(retries: int) -> str:
+    if not retries:
+        return "once"
+    return "once more" if retries == 1 else f"up to {retries} times more"
 
 
 def _seconds(seconds: float) -> str:

@@ -13,7 +13,6 @@ from gwproxy.cli.plane import (
     Call,
     common_arguments,
     family,
-    print_one,
     runs,
 )
 from gwproxy.cli.printing import print_json, table
@@ -22,6 +21,14 @@ _ACTIONS = {
     "reset": "close a provider's breaker and forget its failures",
     "enable": "ask a provider again that was disabled",
     "disable": "leave a provider alone until it is enabled",
+}
+
+
+_WORDS = {
+    "closed": "asked",
+    "open": "left alone until it is tried again",
+    "half_open": "asked by one request at a time",
+    "disabled": "disabled",
 }
 
 
@@ -47,7 +54,11 @@ async def _list(args: argparse.Namespace, call: Call) -> int:
 
 
 async def _change(args: argparse.Namespace, call: Call) -> int:
-    print_one(args, await call(Ask("POST", ("providers", args.provider, args.action))))
+    found = await call(Ask("POST", ("providers", args.provider, args.action)))
+    if args.json:
+        print_json(found)
+    else:
+        print(f"{found['provider']} is {_WORDS[found['state']]}")
     return FINE
 
 
