@@ -327,6 +327,13 @@ def test_a_stream_is_passed_on_and_metered_whatever_its_pieces(longest: int) -> 
     assert stream.meter.usage == Usage(15, 10, 5, 45, 20)
 
 
+def test_events_that_come_one_by_one_are_read_alike() -> None:
+    stream = new()
+    for each in STREAM:
+        assert stream.feed(each) == each
+    assert (stream.complete, stream.meter.counted(), stream.events) == (True, words(), len(STREAM))
+
+
 def test_nothing_counts_before_the_first_word() -> None:
     stream = new()
     for each in STREAM[:3]:

@@ -90,13 +90,12 @@ def prompt_bound(
     """
     messages = body.get(form.turns)
     count = len(messages) if type(messages) is list else 0
-    return (
-        size_bytes
-        + (_MESSAGE_TOKENS + _NAME_TOKENS) * count
-        + sum([form.schema_tokens for field in form.schemas if body.get(field)])
-        + _REPLY_TOKENS
-        + image_tokens * (_media_within(messages) if form.nested else _media_parts(messages))
-    )
+    media = _media_within(messages) if form.nested else _media_parts(messages)
+    bound = size_bytes + (_MESSAGE_TOKENS + _NAME_TOKENS) * count + _REPLY_TOKENS
+    for field in form.schemas:
+        if field in body:
+            bound += form.schema_tokens
+    return bound + image_tokens * media
 
 
 def prompt_tokens(

@@ -73,14 +73,16 @@ class EventStream:
     def feed(self, chunk: bytes) -> bytes:
         """Read `chunk` and return what may leave now (often the same object)."""
         # One whole event in one segment is what upstreams send nearly always.
-        if (
-            not self._held
-            and not self._part_sent
-            and chunk.startswith(b"data: ")
-            and chunk.find(b"\n") == len(chunk) - 2
-            and chunk.endswith(b"\n\n")
-        ):
-            return chunk if self._event(chunk[6:-2]) else b""
+        if not self._held and not self._part_sent:
+            start = 0
+            if chunk.startswith(b"event: "):
+                start = chunk.find(b"\n") + 1
+            if (
+                chunk.startswith(b"data: ", start)
+                and chunk.find(b"\n", start) == len(chunk) - 2
+                and chunk.endswith(b"\n\n")
+            ):
+                return chunk if self._event(chunk[start + 6 : -2]) else b""
         return self._feed_any(chunk)
 
     def finish(self) -> bytes:
