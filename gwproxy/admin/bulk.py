@@ -41,7 +41,7 @@ from gwproxy.storage import reports
 MOST_ROWS: Final = 500_000
 """Half a gigabyte of memory for a moment."""
 MOST_BYTES: Final = 256 << 20
-_SLICE: Final = 32
+_SLICE: Final = 16
 """Rows in one go: half a millisecond, in which no stream moves."""
 _PAGE: Final = 1000
 _SILENCE_S: Final = 30.0
