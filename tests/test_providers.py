@@ -227,11 +227,11 @@ def test_a_provider_that_is_skipped_costs_microseconds(opened: Open) -> None:
     providers = opened()
     fail(providers)
     candidates = chain("a", "b")
-    began = time.perf_counter()
+    began = time.process_time()
     for _ in range(200):
         assert [each.provider.name for each in providers.available(candidates, trace())] == ["b"]
     # Below a millisecond each also on a machine that does ten other things.
-    assert (time.perf_counter() - began) / 200 < 0.001
+    assert (time.process_time() - began) / 200 < 0.001
 
 
 # -- requests a minute ---------------------------------------------------------------------------
