@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import gc
 import io
+import os
 import sqlite3
 import sys
 import tempfile
@@ -239,7 +240,7 @@ async def measure(users: int, requests: int, imported: int) -> list[str]:
                     shown = question.replace("{span}", "30 days").replace("|", "/")
                     lines.append(f"| `{shown}` | {median(took):.1f} | {max(took):.1f} |")
                     if max(took) > LIMIT_MS:
-                        slow.append(question)
+                        slow.append(f"`{shown}`")
             lines += ["", f"The loop meanwhile: {stalls.line()}."]
             lines.append(f"Above {LIMIT_MS} ms: {', '.join(slow) or 'none'}.")
             async with watched() as stalls:
@@ -269,7 +270,8 @@ def main() -> int:
     args = parser.parse_args()
     lines = uvloop.run(measure(args.users, args.requests, args.imported))
     head = f"# The admin plane at {args.users} users and {args.requests} requests"
-    report = "\n".join([head, "", *lines, ""])
+    machine = f"{os.cpu_count()} cores, with a load of {os.getloadavg()[0]:.0f} at the end."
+    report = "\n".join([head, "", machine, "", *lines, ""])
     print(report)
     if args.results:
         args.results.write_text(report)

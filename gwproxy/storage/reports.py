@@ -196,7 +196,7 @@ class _Where:
         self.values += values
 
 
-_LOOKED_AT: Final = 20_000
+_LOOKED_AT: Final = 5_000
 """Rows that one page looks at: some milliseconds, also where a filter that no index serves finds
 nothing among them."""
 
