@@ -271,18 +271,18 @@ class Strike:
         return [*self.tracer(place), "-qq", "-D"]
 
     def from_now_on(self, place: Place, life: Life) -> AbstractAsyncContextManager[None]:
-        return _attached(life, self.tracer(place))
+        return attached(life, self.tracer(place))
 
 
 def syncs_take(seconds: float, life: Life) -> AbstractAsyncContextManager[None]:
     """Within, the disk is slow to sync: what is recorded is neither known to be on the disk nor in
     the database, which waits for that."""
     delay = f"inject=fdatasync:delay_enter={int(seconds * 1e6)}"
-    return _attached(life, ["strace", "-f", "-o", "/dev/null", "-e", "fdatasync", "-e", delay])
+    return attached(life, ["strace", "-f", "-o", "/dev/null", "-e", "fdatasync", "-e", delay])
 
 
 @asynccontextmanager
-async def _attached(life: Life, tracer: Sequence[str]) -> AsyncIterator[None]:
+async def attached(life: Life, tracer: Sequence[str]) -> AsyncIterator[None]:
     process = await asyncio.create_subprocess_exec(
         *(*tracer, "-p", str(life.process.pid)),
         stderr=asyncio.subprocess.PIPE,
@@ -518,14 +518,20 @@ def assert_charged(got: Got, outcome: str, cost: int, about: object) -> None:
         assert outcome == "completed" or got.stream, (got, about)
 
 
-def assert_books(place: Place, demo: Sequence[dict[str, Any]], got: Sequence[Got]) -> Counter[str]:
+def assert_books(
+    place: Place,
+    demo: Sequence[dict[str, Any]],
+    got: Sequence[Got],
+    bounds: Mapping[str, int] | None = None,
+) -> Counter[str]:
     """The books of a gateway that has stopped in order agree with themselves, with the record of
-    the upstream and with what the clients got; how many requests had which outcome."""
+    the upstream and with what the clients got; how many requests had which outcome. `bounds` are
+    those of outages, in nano-USD by account."""
     uri = f"{place.database.as_uri()}?mode=ro"
     connection = sqlite3.connect(uri, uri=True)
     try:
         connection.row_factory = sqlite3.Row
-        return _assert_books(place, connection, demo, got)
+        return _assert_books(place, connection, demo, got, bounds or {})
     finally:
         connection.close()
 
@@ -535,6 +541,7 @@ def _assert_books(
     connection: sqlite3.Connection,
     demo: Sequence[dict[str, Any]],
     got: Sequence[Got],
+    bounds: Mapping[str, int],
 ) -> Counter[str]:
     def rows(sql: str) -> list[sqlite3.Row]:
         return connection.execute(sql).fetchall()
@@ -545,7 +552,7 @@ def _assert_books(
     ledger = {row["id"]: row for row in rows("SELECT * FROM request")}
     assert all(row["outcome"] for row in ledger.values()), "a request without an end"
 
-    _assert_sums(rows, list(ledger.values()))
+    _assert_sums(rows, list(ledger.values()), bounds)
     _assert_as_recorded(place, rows, {row["lsn"]: row for row in ledger.values()})
 
     # The upstream's record, line by line; a fallback has a line for each attempt.
@@ -563,7 +570,7 @@ def _assert_books(
             # Never sent, or refused each time: nobody pays for that.
             assert row["cost"] == 0, about
             assert all(line["end"] == "refused" for line in lines), about
-        elif row["outcome"] == "client_left" and row["model"].startswith("closed/"):
+        elif row["outcome"] == "client_left" and not lines:
             assert row["cost"] == 0, about  # cancelled before it was sent
         else:
             assert lines, about
@@ -582,7 +589,11 @@ def _assert_books(
     return Counter(row["outcome"] for row in ledger.values())
 
 
-def _assert_sums(rows: Callable[[str], list[sqlite3.Row]], requests: Sequence[sqlite3.Row]) -> None:
+def _assert_sums(
+    rows: Callable[[str], list[sqlite3.Row]],
+    requests: Sequence[sqlite3.Row],
+    bounds: Mapping[str, int],
+) -> None:
     """Balances are the sums of the lines, and of the requests' costs, added up here once more."""
     balances = {(row["account"], row["period"]): row for row in rows("SELECT * FROM balance")}
     lines: Counter[tuple[str, str]] = Counter()
@@ -596,12 +607,17 @@ def _assert_sums(rows: Callable[[str], list[sqlite3.Row]], requests: Sequence[sq
             account = (f"{scope}:{row[scope + '_id']}", row["period"])
             costs[account] += row["cost"]
             counts[account] += row["outcome"] != "void"
-    own = {key: row for key, row in balances.items() if not key[0].startswith("provider:")}
+    others = ("provider:", "outage:")
+    own = {key: row for key, row in balances.items() if not key[0].startswith(others)}
     assert {key: (row["spent"], row["count"]) for key, row in own.items()} == {
         key: (cost, counts[key]) for key, cost in costs.items()
     }
-    providers = sum(row["spent"] for key, row in balances.items() if key not in own)
-    assert providers == sum(row["cost"] for row in requests)
+    for start, posted in zip(
+        others, (requests, [row for row in requests if row["degraded"]]), strict=True
+    ):
+        spent = {key: row["spent"] for key, row in balances.items() if key[0].startswith(start)}
+        assert sum(spent.values()) == sum(row["cost"] for row in posted), start
+        assert all(nanos <= bounds.get(key[0], nanos) for key, nanos in spent.items()), spent
     limits = dict(rows("SELECT user_id, monthly_limit FROM user WHERE monthly_limit IS NOT NULL"))
     for (account, _), row in own.items():
         limit = limits.get(account.removeprefix("user:"))

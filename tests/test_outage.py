@@ -3,16 +3,39 @@ within which bound, what monitors are told, and that all of it is in the ledger 
 """
 
 import asyncio
+import json
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+import pytest_asyncio
+
 from gwproxy.cli import check
+from gwproxy.demo import DemoUpstream
 from gwproxy.storage.verify import findings
 from tests.conftest import Front, StartGateway
-from tests.harness import ADMIN, bearer, chat, make_key
+from tests.harness import ADMIN, UPSTREAM_TOKEN, bearer, chat, make_key
+from tests.kills import Place, Strike, Where, why_no_tracing
+from tests.outages import (
+    Apart,
+    JournalApart,
+    assert_ledger,
+    assert_told_the_truth,
+    crowd,
+    deleted,
+    failing,
+    full,
+    keep_older,
+    locked,
+    overwritten,
+    prepared,
+    replaced,
+    small_disk,
+)
 from tests.scene import until
 
 COST = 15_000
@@ -208,3 +231,188 @@ async def test_without_its_journal_nobody_is_served_in_either_mode(
 async def until_ready(front: Front) -> None:
     while (await ready(front))[0] != 200:
         pass
+
+
+# -- drills on the real process --------------------------------------------------------------------
+
+traced = pytest.mark.skipif(bool(why_no_tracing()), reason=why_no_tracing())
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    return tmp_path / "record.jsonl"
+
+
+@pytest_asyncio.fixture
+async def demo(record: Path) -> AsyncIterator[DemoUpstream]:
+    demo = DemoUpstream(token=UPSTREAM_TOKEN, record_file=record)
+    await demo.start()
+    yield demo
+    await demo.stop()
+
+
+FAULTS = {
+    "deleted": deleted,
+    "overwritten": overwritten,
+    "replaced": replaced,
+    "locked": locked(30),
+    "io-error": failing("EIO", "pwrite64"),
+    "sync-error": failing("EIO", "fdatasync"),
+    "read-only": failing("EROFS", "pwrite64"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@traced
+@pytest.mark.parametrize("name", FAULTS)
+async def test_everybody_is_told_the_truth_and_the_ledger_is_whole(
+    tmp_path: Path, demo: DemoUpstream, record: Path, name: str
+) -> None:
+    place = prepared(tmp_path / "place", demo)
+    async with place.life() as life:
+        async with crowd(place, life) as callers:
+            await callers.burst(40)
+            keep_older(place)
+            await callers.burst(20)
+            async with FAULTS[name](place, life):
+                await callers.until("lost")
+                await callers.burst(300)
+            await callers.until("ok")
+            await callers.burst(40)
+        await life.stop()  # it is the same process
+    counts = assert_told_the_truth(callers)
+    assert counts["shut", 503, "normal"] and counts["open", 200, "degraded"], counts
+    assert_ledger(place, record, callers.got)
+    report(place, name, counts)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+async def test_a_full_disk_is_an_outage_until_there_is_room(
+    tmp_path: Path, demo: DemoUpstream, record: Path
+) -> None:
+    with small_disk(tmp_path / "small", "2m") as small:
+        base = prepared(tmp_path / "place", demo, path=small / "gwproxy.db")
+        place = Apart(base.folder, base.keys, small)
+        async with place.life() as life:
+            async with crowd(place, life) as callers:
+                await callers.burst(40)
+                async with full(small):
+                    await callers.until("lost")
+                    await callers.burst(100)
+                await callers.until("ok")
+                await callers.burst(40)
+            await life.stop()
+        counts = assert_told_the_truth(callers)
+        assert counts["shut", 503, "normal"] and counts["open", 200, "degraded"], counts
+        assert_ledger(place, record, callers.got)
+        report(place, "disk-full", counts)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+async def test_with_no_room_for_the_journal_nobody_is_let_in_in_either_mode(
+    tmp_path: Path, demo: DemoUpstream, record: Path
+) -> None:
+    with small_disk(tmp_path / "small", "4m") as small:
+        base = prepared(tmp_path / "place", demo, 1, journal=small / "journal")
+        place = JournalApart(base.folder, base.keys, small)
+        async with place.life() as life:
+            async with crowd(place, life, callers=8) as callers:
+                await callers.burst(40)
+                async with full(small):
+                    # What was reserved beforehand is used up first.
+                    async with asyncio.timeout(60):
+                        while callers.ready[-1][2] != 503:
+                            await callers.burst(50)
+                    before = len(callers.told)
+                    await asyncio.sleep(1)
+                    during = callers.told[before:]
+                    assert {(told.org, told.status, told.code) for told in during} == {
+                        ("open", 503, "storage_unavailable"),
+                        ("shut", 503, "storage_unavailable"),
+                    }
+                    assert callers.ready[-1][2] == 503
+                await until(lambda: callers.told[-1].status == 200, 20)
+            await life.stop()
+        assert 401 not in {told.status for told in callers.told}
+        assert_ledger(place, record, callers.got)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+async def test_a_thousand_at_once_come_through_both_transitions(
+    tmp_path: Path, demo: DemoUpstream, record: Path
+) -> None:
+    place = prepared(tmp_path / "place", demo)
+    async with place.life() as life:
+        async with crowd(place, life, callers=1) as callers, asyncio.TaskGroup() as group:
+            group.create_task(callers.burst(1000))
+            await asyncio.sleep(0.5)
+            async with deleted(place, life):
+                await callers.until("lost")
+            group.create_task(callers.burst(1000))
+            await callers.until("ok")
+        await life.stop()
+    counts = assert_told_the_truth(callers)
+    assert sum(counts.values()) >= 2000
+    assert_ledger(place, record, callers.got)
+    report(place, "thousand", counts)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+async def test_kill_9_in_an_outage_loses_nothing_and_does_not_renew_the_bound(
+    tmp_path: Path, demo: DemoUpstream, record: Path
+) -> None:
+    place = prepared(tmp_path / "place", demo)
+    async with place.life() as life, crowd(place, life) as first, locked(9)(place, life):
+        await first.until("lost")
+        while not any(told.status == 429 for told in first.told):
+            await first.burst(40)  # until the bound is reached
+        life.kill()
+    async with place.life() as life:
+        async with crowd(place, life, callers=1) as second:
+            async with locked(8)(place, life):
+                await second.until("lost")
+                # What was held when it was killed may leave a little: no more than that.
+                while not any(told.status == 429 for told in second.told):
+                    await second.burst(20)
+            await second.until("ok")
+        await life.stop()
+    for each in (first, second):
+        assert_told_the_truth(each)
+    assert_ledger(place, record, [*first.got, *second.got])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@traced
+async def test_kill_9_while_the_database_catches_up_books_nothing_twice(
+    tmp_path: Path, demo: DemoUpstream, record: Path
+) -> None:
+    place = prepared(tmp_path / "place", demo)
+    async with place.life() as life, crowd(place, life) as first, AsyncExitStack() as stack:
+        async with locked(8)(place, life):
+            await first.until("lost")
+            await first.burst(400)
+            strike = Strike("pwrite64", 3, Where.LOG)
+            await stack.enter_async_context(strike.from_now_on(place, life))
+        await life.ended()  # in the middle of the first commit
+    async with place.life() as life:
+        async with crowd(place, life, callers=1) as second:
+            await second.until("ok")
+        await life.stop()
+    assert_ledger(place, record, [*first.got, *second.got])
+
+
+def report(place: Place, name: str, counts: Counter[tuple[str, int, str]]) -> None:
+    """The figures, for whoever runs this with -s."""
+    lines = [json.loads(line) for line in place.log.read_text().splitlines() if line[0] == "{"]
+    told = [
+        {k: line[k] for k in ("event", "cause", "lost_s", "replayed", "source") if k in line}
+        for line in lines
+        if line["event"].startswith("database")
+    ]
+    print(f"\n{name}: {dict(counts)}\n{told}")

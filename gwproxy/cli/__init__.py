@@ -27,6 +27,7 @@ FAMILIES: Final[Mapping[str, str]] = {
     "prices": "prices",
     "ledger": "ledger",
     "backup": "backup",
+    "drill": "drill",
     "restore": "backup",
     "doctor": "doctor",
     "cloudflare": "cloudflare",

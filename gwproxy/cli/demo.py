@@ -7,23 +7,19 @@ and their state live in a folder that is thrown away.
 
 import argparse
 import contextlib
-import ctypes
 import http.client
 import json
-import os
-import re
 import secrets
-import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from gwproxy.cli.children import STOPS, Failed, address, child, clean_environ, last_words
 from gwproxy.cli.proofs import PRICES, NotShown, Stage, show_budget, show_outage, show_recovery
 
 FINE: Final = 0
@@ -32,16 +28,7 @@ FAILED: Final = 1
 PORT: Final = 8080
 MODEL: Final = "openai/gpt-4o-mini"
 QUESTION: Final = "Why do people put a proxy in front of an AI gateway?"
-START_WITHIN_S: Final = 20.0
-STOP_WITHIN_S: Final = 5.0
 SETTLED_WITHIN_S: Final = 2.0
-
-# The caller's own gateway must not leak into this one: neither its settings nor its folders.
-_NOT_OURS: Final = ("GWPROXY_", "AI_", "CLOUD", "STATE_DIR", "CREDENTIALS_DIR", "CONFIGURATION_DIR")
-
-_STOPS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-_PR_SET_PDEATHSIG: Final = 1
 
 _CONFIG: Final = """\
 # Written by `gwproxy demo`; thrown away with its folder.
@@ -104,7 +91,7 @@ def run_upstream(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    for number in _STOPS:
+    for number in STOPS:
         # SIGINT as well: a shell's background jobs start with it ignored.
         signal.signal(number, _stop)
     with (
@@ -113,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     ):
         try:
             return _run(args, Path(folder), stack)
-        except (_Failed, NotShown) as failed:
+        except (Failed, NotShown) as failed:
             print(f"gwproxy demo: {failed}", file=sys.stderr)
             return FAILED
         except KeyboardInterrupt:
@@ -131,20 +118,16 @@ def _stop(*_: object) -> None:
 
 def _stop_asking() -> None:
     """From here on the children are stopped and the folder goes, however often it is asked."""
-    for number in _STOPS:
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
-
-
-class _Failed(Exception):
-    """The demo cannot go on; the words say why."""
 
 
 def _run(args: argparse.Namespace, folder: Path, stack: contextlib.ExitStack) -> int:
     if not 0 <= args.port < 1 << 16:
-        raise _Failed(f"there is no port {args.port}")
+        raise Failed(f"there is no port {args.port}")
     token, admin_key = secrets.token_hex(16), secrets.token_hex(32)
     environ = {
-        **{k: v for k, v in os.environ.items() if not k.startswith(_NOT_OURS)},
+        **clean_environ(),
         "GWPROXY_ADMIN_KEY": admin_key,
         "CLOUDFLARE_API_TOKEN": token,
         "PYTHONUNBUFFERED": "1",
@@ -152,8 +135,8 @@ def _run(args: argparse.Namespace, folder: Path, stack: contextlib.ExitStack) ->
     # The same as `gwproxy demo-upstream`, without loading the gateway for it.
     demo = [sys.executable, "-m", "gwproxy.demo", "--listen", "127.0.0.1:0"]
     demo += ["--token", token, "--account", "demo", "--gateway", "demo"]
-    upstream = stack.enter_context(_child(demo, environ, folder / "upstream.log"))
-    upstream_url = _address(upstream, folder)
+    upstream = stack.enter_context(child(demo, environ, folder / "upstream.log"))
+    upstream_url = address(upstream, folder)
     port = args.port if _is_free(args.port) else 0
     config = folder / "config.toml"
     config.write_text(_CONFIG.format(port=port, upstream=upstream_url) + PRICES)
@@ -161,8 +144,8 @@ def _run(args: argparse.Namespace, folder: Path, stack: contextlib.ExitStack) ->
     gateways = stack.enter_context(contextlib.ExitStack())
 
     def start() -> "tuple[subprocess.Popen[str], str]":
-        process = gateways.enter_context(_child(serve, environ, folder / "serve.log"))
-        return process, _address(process, folder)
+        process = gateways.enter_context(child(serve, environ, folder / "serve.log"))
+        return process, address(process, folder)
 
     server, url = start()
     config.write_text(config.read_text().replace("127.0.0.1:0", url.removeprefix("http://")))
@@ -218,7 +201,7 @@ Metrics: {url}/metrics   Log: {folder / "serve.log"}""",
     print("Stop: Ctrl-C", flush=True)
     while server.poll() is None and upstream.poll() is None:
         time.sleep(0.2)  # two children to watch, and nothing that waits for either
-    raise _Failed(f"a process ended by itself:\n{_last_words(folder)}")
+    raise Failed(f"a process ended by itself:\n{last_words(folder)}")
 
 
 def _chat(url: str, key: str) -> http.client.HTTPMessage:
@@ -233,7 +216,7 @@ def _chat(url: str, key: str) -> http.client.HTTPMessage:
     connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
     response = connection.getresponse()
     if response.status != 200:
-        raise _Failed(f"the chat was answered {response.status}: {response.read().decode()}")
+        raise Failed(f"the chat was answered {response.status}: {response.read().decode()}")
     for line in response:
         text = line.decode().strip()
         if text.startswith("data: {"):
@@ -253,7 +236,7 @@ def _receipt(stage: Stage, key: str, request_id: str) -> str:
         if found["outcome"] is not None:
             return f"receipt: {found['outcome']}, {found['formula']}"
         time.sleep(0.02)  # it is settled when the upstream has ended, not when we have read all
-    raise _Failed(f"the request is not settled:\n{_last_words(Path(stage.config).parent)}")
+    raise Failed(f"the request is not settled:\n{last_words(Path(stage.config).parent)}")
 
 
 def _ask(url: str, method: str, path: str, headers: dict[str, str], body: Any) -> Any:
@@ -264,77 +247,12 @@ def _ask(url: str, method: str, path: str, headers: dict[str, str], body: Any) -
     answer = response.read()
     connection.close()
     if response.status >= 300:
-        raise _Failed(f"{method} {path} was answered {response.status}: {answer.decode()}")
+        raise Failed(f"{method} {path} was answered {response.status}: {answer.decode()}")
     return json.loads(answer)
 
 
 def _connect(url: str) -> http.client.HTTPConnection:
     return http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
-
-
-@contextlib.contextmanager
-def _child(
-    command: list[str], environ: dict[str, str], log_file: Path
-) -> Iterator["subprocess.Popen[str]"]:
-    """A process that ends with the demo; what it says on stderr goes to a file."""
-    with log_file.open("a") as log:
-        # Asked to stop between the child's birth and our knowing of it, we would leave it behind.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
-        process = subprocess.Popen(
-            command,
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            # Ctrl-C is the demo's to handle: the children are stopped in order.
-            start_new_session=True,
-            preexec_fn=_at_birth(os.getpid()),
-        )
-        try:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
-            yield process
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=STOP_WITHIN_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
-
-
-def _at_birth(parent: int) -> Callable[[], None]:
-    """What a child does before it becomes another program. On Linux it asks to be killed when its
-    parent dies, so that not even kill -9 leaves it behind; its state is thrown away anyway."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-
-    def prepare() -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
-        if prctl is not None:
-            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:
-                os._exit(FAILED)  # it died before it was asked
-
-    return prepare
-
-
-def _address(process: "subprocess.Popen[str]", folder: Path) -> str:
-    """The address that a child prints when it is ready."""
-    assert process.stdout is not None
-    ready, _, _ = select.select([process.stdout], [], [], START_WITHIN_S)
-    found = re.search(r"https?://[^\s/]+", process.stdout.readline()) if ready else None
-    if found is None:
-        raise _Failed(f"a process did not start:\n{_last_words(folder)}")
-    return found[0]
-
-
-def _last_words(folder: Path) -> str:
-    lines: list[str] = []
-    for log in sorted(folder.glob("*.log")):
-        lines += log.read_text().splitlines()[-5:]
-    return "\n".join(lines)
 
 
 def _is_free(port: int) -> bool:

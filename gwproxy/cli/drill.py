@@ -1,0 +1,474 @@
+"""`gwproxy drill`: a fault made on purpose, to a gateway of its own in a scratch folder in front of
+the demo upstream, and a report of what its callers met.
+
+The configuration says how outages are met (`[failure]`); its ledger is copied, so that what is
+rebuilt is as large as it would be. Neither it nor a running server is touched.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import Any, Final
+
+from gwproxy.cli.children import Failed, address, child, clean_environ, last_words
+from gwproxy.cli.printing import print_json, say
+from gwproxy.config import Config, ConfigError, find_config, load
+from gwproxy.core.money import format_usd
+from gwproxy.core.routing import CATALOGUE
+from gwproxy.storage.backup import copy_of
+from gwproxy.storage.database import BackupRefused
+
+FINE: Final = 0
+FAILED: Final = 1
+WRONG_USAGE: Final = 2
+
+CALLERS: Final = 4
+"""Of each organization; each asks as soon as it has its answer."""
+
+PAUSE_S: Final = 0.05
+"""After a refusal: nobody learns anything from thousands of them."""
+
+BACK_WITHIN_S: Final = 60.0
+PATIENCE_S: Final = 30.0
+SETTLED_S: Final = 1.5
+"""Traffic before and after the fault, and for the database to come up to the journal."""
+
+JUMP_S: Final = 32 * 86_400
+"""Into another month, from whatever day."""
+
+_GOOD, _BAD, _SLOW = "mock/prose+len-20", "prose+status-503", "prose+len-20+delay-3000"
+
+_CONFIG: Final = """\
+# Written by `gwproxy drill`; thrown away with its folder.
+[server]
+listen = "127.0.0.1:0"
+drain_s = 2
+[admin]
+key = "env:GWPROXY_ADMIN_KEY"
+[upstream]
+flavour = "cloudflare-compat"
+base_url = "{upstream}/v1/demo/demo"
+token = "env:CLOUDFLARE_API_TOKEN"
+first_byte_timeout_s = 1
+answer_timeout_s = 1
+[providers.mock]
+prefix = "mock"
+[providers.groq]
+prefix = "groq"
+[models.drill]
+chain = [
+    {{ provider = "mock", model = "{first}" }},
+    {{ provider = "groq", model = "prose+len-20" }},
+]
+[breaker]
+open_timeout_ms = 1000
+[failure]
+fallback_daily_limit_usd = "{bound}"
+[prices.models."mock/*"]
+input = "1.00"
+output = "2.00"
+[prices.models."groq/*"]
+input = "1.00"
+output = "2.00"
+[metrics]
+open = true
+[storage]
+path = "{database}"
+journal_segment_bytes = 4194304
+"""
+
+
+def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "drill",
+        help="make a fault on purpose, on a scratch copy, and report what callers met",
+        description="Starts a gateway of its own with the demo upstream on loopback, has callers "
+        "of an open and of a closed organization ask all the time, makes the fault, and reports.",
+    )
+    parser.add_argument("fault", choices=sorted(_FAULTS))
+    parser.add_argument("--seconds", type=float, default=8.0, help="how long it lasts; default 8")
+    parser.add_argument("--config", metavar="FILE", help="default: $GWPROXY_CONFIG, ./config.toml")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if not 0 < args.seconds <= 3600:
+        say("--seconds: more than 0, and an hour at most")
+        return WRONG_USAGE
+    try:
+        config = _configured(args.config)
+        with tempfile.TemporaryDirectory(prefix="gwproxy-drill-") as folder:
+            report = _drill(args.fault, args.seconds, config, Path(folder))
+    except ConfigError as error:
+        say(str(error))
+        return WRONG_USAGE
+    except (Failed, BackupRefused) as failed:
+        say(f"gwproxy drill: {failed}")
+        return FAILED
+    if args.json:
+        print_json(report)
+    else:
+        print("\n".join(f"{name.replace('_', ' '):<18} {value}" for name, value in report.items()))
+    return FINE if report["passed"] else FAILED
+
+
+def _configured(named: str | None) -> Config | None:
+    """The caller's own; None where there is none, which a drill does not need."""
+    try:
+        return load(find_config(named, os.environ), os.environ, catalogue=CATALOGUE)
+    except ConfigError:
+        if named is not None:
+            raise
+        return None
+
+
+# -- the scratch gateway ---------------------------------------------------------------------------
+
+
+@dataclass
+class Scratch:
+    """A gateway in a folder that is thrown away, and its callers."""
+
+    folder: Path
+    database: Path
+    environ: dict[str, str]
+    upstream: str
+    bound: int
+    url: str = ""
+    keys: dict[str, str] = field(default_factory=dict)
+    answers: list[tuple[str, int, str, float]] = field(default_factory=list)
+    """Organization, status (0: none came), mode, seconds."""
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.toml"
+
+    def write(self, first: str) -> None:
+        """`first` is the model of the chain's first provider."""
+        text = _CONFIG.format(
+            upstream=self.upstream,
+            first=first,
+            bound=format_usd(self.bound),
+            database=self.database,
+        )
+        self.config.write_text(text)
+        self.config.chmod(0o600)
+
+    def command(self, *words: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "gwproxy", *words, "--config", str(self.config)]
+        return subprocess.run(
+            command, env=self.environ, capture_output=True, text=True, timeout=PATIENCE_S
+        )
+
+    def send(
+        self, method: str, path: str, key: str, body: Any = None
+    ) -> tuple[int, dict[str, str], Any]:
+        connection = HTTPConnection(self.url.removeprefix("http://"), timeout=PATIENCE_S)
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        try:
+            connection.request(method, path, None if body is None else json.dumps(body), headers)
+            response = connection.getresponse()
+            raw = response.read()
+            return response.status, dict(response.getheaders()), raw
+        finally:
+            connection.close()
+
+    def admin(self, method: str, path: str, body: Any = None) -> Any:
+        key = self.environ["GWPROXY_ADMIN_KEY"]
+        status, _, raw = self.send(method, f"/admin/{path}", key, body)
+        if status >= 300:
+            raise Failed(f"{method} /admin/{path} was answered {status}: {raw.decode()}")
+        return json.loads(raw)
+
+    def found(self) -> None:
+        """An open and a closed organization, with a caller each. Names that no copy has already."""
+        mark = secrets.token_hex(4)
+        for mode in ("open", "closed"):
+            name = f"drill-{mode}-{mark}"
+            organization = {"org_id": name, "failure_mode": mode}
+            self.admin("POST", "organizations", organization)
+            self.admin("POST", "users", {"user_id": name, "org_id": name})
+            self.keys[mode] = self.admin("POST", f"users/{name}/api-keys", {})["api_key"]
+
+    def ready(self) -> tuple[int, str]:
+        """The status of readiness, and the state of the database that it tells."""
+        with contextlib.suppress(OSError, HTTPException):
+            status, _, raw = self.send("GET", "/health/ready", "")
+            return status, json.loads(raw)["database"]
+        return 0, ""
+
+    def wait_for(self, state: str, within_s: float) -> float | None:
+        """How long until readiness told this state of the database; None: it did not."""
+        begun = time.monotonic()
+        while time.monotonic() - begun < within_s:
+            if self.ready()[1] == state:
+                return time.monotonic() - begun
+            time.sleep(PAUSE_S)
+        return None
+
+    def exposure_usd(self) -> str:
+        _, _, raw = self.send("GET", "/metrics", "")
+        for line in raw.decode().splitlines():
+            if line.startswith("gwproxy_degraded_exposure_usd "):
+                return f"{float(line.split()[1]):.6f}"
+        raise Failed("the metrics have no gwproxy_degraded_exposure_usd")
+
+    @contextlib.contextmanager
+    def traffic(self, model: str) -> Iterator[None]:
+        """Callers of both organizations, until the block is left."""
+        over = threading.Event()
+        body = {"model": model, "messages": [{"role": "user", "content": "Go on."}]}
+
+        def call(mode: str) -> None:
+            while not over.is_set():
+                begun = time.monotonic()
+                try:
+                    status, headers, _ = self.send(
+                        "POST", "/v1/chat/completions", self.keys[mode], body
+                    )
+                except (OSError, HTTPException):
+                    status, headers = 0, {}
+                took_s = time.monotonic() - begun
+                degraded = headers.get("x-gateway-mode", "")
+                self.answers.append((mode, status, degraded, took_s))
+                if status != 200:
+                    over.wait(PAUSE_S)
+
+        threads = [
+            threading.Thread(target=call, args=(mode,), daemon=True)
+            for mode in self.keys
+            for _ in range(CALLERS)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join(PATIENCE_S)
+
+
+def _drill(name: str, seconds: float, config: Config | None, folder: Path) -> dict[str, Any]:
+    prepare, fault, model = _FAULTS[name]
+    token = secrets.token_hex(16)
+    environ = {
+        **clean_environ(),
+        "GWPROXY_ADMIN_KEY": secrets.token_hex(32),
+        "CLOUDFLARE_API_TOKEN": token,
+        "PYTHONUNBUFFERED": "1",
+    }
+    with contextlib.ExitStack() as stack:
+        kept = folder / "kept"
+        kept.mkdir()
+        environ |= prepare(kept, folder, stack)
+        demo = [sys.executable, "-m", "gwproxy.demo", "--listen", "127.0.0.1:0"]
+        demo += ["--token", token, "--account", "demo", "--gateway", "demo"]
+        upstream = address(
+            stack.enter_context(child(demo, environ, folder / "upstream.log")), folder
+        )
+        bound = 5_000_000_000 if config is None else config.failure.fallback_daily_limit_usd
+        scratch = Scratch(folder, kept / "gwproxy.db", environ, upstream, bound)
+        scratch.write("prose+len-20")
+        copied = _copy_ledger(config, scratch)
+        serve = [sys.executable, "-m", "gwproxy", "serve", "--config", str(scratch.config)]
+        server = stack.enter_context(child(serve, environ, folder / "serve.log"))
+        scratch.url = address(server, folder)
+        scratch.found()
+        if copied:
+            scratch.admin("POST", "backup")
+        with scratch.traffic(model):
+            time.sleep(SETTLED_S)
+            before = len(scratch.answers)
+            outcome = fault(scratch, seconds)
+            during = scratch.answers[before:]
+            time.sleep(SETTLED_S)
+            after = scratch.answers[-CALLERS:]
+        time.sleep(SETTLED_S)
+        verified = scratch.command("ledger", "verify")
+        words = (verified.stdout or verified.stderr).strip()
+        if server.poll() is not None:
+            raise Failed(f"the gateway ended by itself:\n{last_words(folder)}")
+        return _report(name, seconds, scratch, outcome, during, after, verified.returncode, words)
+
+
+def _copy_ledger(config: Config | None, scratch: Scratch) -> bool:
+    """The caller's ledger, where there is one: as of one moment, without its journal."""
+    if config is None or not config.storage.path.exists():
+        return False
+    copy_of(config.storage.path, scratch.database)
+    accepted = scratch.command("ledger", "accept-loss")
+    if accepted.returncode:
+        raise Failed(f"the copy of the ledger cannot be opened: {accepted.stderr.strip()}")
+    return True
+
+
+def _report(
+    name: str,
+    seconds: float,
+    scratch: Scratch,
+    outcome: dict[str, Any],
+    during: list[tuple[str, int, str, float]],
+    after: list[tuple[str, int, str, float]],
+    verify_code: int,
+    words: str,
+) -> dict[str, Any]:
+    counts = Counter((mode, status) for mode, status, _, _ in during)
+    served = sum(told == "degraded" and status == 200 for _, status, told, _ in during)
+    times = sorted(took_s for _, status, _, took_s in during if status == 200)
+    good_keys_refused = sum(status == 401 for _, status, _, _ in scratch.answers)
+    recovered = all(status == 200 for _, status, _, _ in after)
+    passed = (
+        verify_code == 0
+        and not good_keys_refused
+        and recovered
+        and outcome.get("recovery_s", 0) is not None
+    )
+    return {
+        "drill": f"{name}, for {seconds:g} s",
+        "answers": ", ".join(
+            f"{mode} {status}: {count}" for (mode, status), count in sorted(counts.items())
+        ),
+        "refused": sum(count for (_, status), count in counts.items() if status != 200),
+        "served_open": served,
+        "exposure_usd": f"{scratch.exposure_usd()} of {format_usd(scratch.bound)} at most",
+        "median_answer_ms": round(times[len(times) // 2] * 1000) if times else None,
+        **outcome,
+        "good_keys_refused": good_keys_refused,
+        "served_afterwards": recovered,
+        "ledger": words,
+        "passed": passed,
+    }
+
+
+# -- the faults ------------------------------------------------------------------------------------
+
+
+def _storage_lost(scratch: Scratch, seconds: float) -> dict[str, Any]:
+    """The database is deleted, and nothing can be put in its place for so long."""
+    obstacle = scratch.database.with_name(f"{scratch.database.name}.unfinished")
+    obstacle.mkdir()
+    for end in ("", "-wal", "-shm"):
+        scratch.database.with_name(scratch.database.name + end).unlink(missing_ok=True)
+    return _outage(scratch, seconds, obstacle.rmdir)
+
+
+def _disk_full(scratch: Scratch, seconds: float) -> dict[str, Any]:
+    filler = scratch.database.with_name("filler")
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    return _outage(scratch, seconds, filler.unlink)
+
+
+def _outage(scratch: Scratch, seconds: float, end: Callable[[], None]) -> dict[str, Any]:
+    noticed_s = scratch.wait_for("lost", seconds)
+    time.sleep(max(0.0, seconds - (noticed_s or 0.0)))
+    readiness = scratch.ready()[0]
+    end()
+    recovery_s = scratch.wait_for("ok", BACK_WITHIN_S)
+    return {
+        "noticed_after_s": None if noticed_s is None else round(noticed_s, 1),
+        "readiness_was": readiness,
+        "recovery_s": None if recovery_s is None else round(recovery_s, 1),
+    }
+
+
+def _upstream_fault(first: str) -> Callable[[Scratch, float], dict[str, Any]]:
+    """The first provider of the chain is at fault, until the configuration is reloaded."""
+
+    def fault(scratch: Scratch, seconds: float) -> dict[str, Any]:
+        scratch.write(first)
+        scratch.admin("POST", "reload")
+        time.sleep(seconds)
+        providers = scratch.admin("GET", "providers")["data"]
+        states = {each["provider"]: each["state"] for each in providers}
+        scratch.write("prose+len-20")
+        scratch.admin("POST", "reload")
+        begun = time.monotonic()
+        recovery_s = None
+        while recovery_s is None and time.monotonic() - begun < BACK_WITHIN_S:
+            found = scratch.admin("GET", "providers")["data"]
+            if all(each["state"] == "closed" for each in found if each["provider"] == "mock"):
+                recovery_s = round(time.monotonic() - begun, 1)
+            time.sleep(PAUSE_S)
+        return {"breaker_was": states.get("mock"), "recovery_s": recovery_s}
+
+    return fault
+
+
+def _clock_jump(scratch: Scratch, seconds: float) -> dict[str, Any]:
+    """The wall clock leaps into another month and, after so long, back."""
+    stamp = Path(scratch.environ["FAKETIME_TIMESTAMP_FILE"])
+    key = scratch.keys["open"]
+
+    def month() -> str:
+        _, _, raw = scratch.send("GET", "/v1/usage", key)
+        found: str = json.loads(raw)["scopes"][0]["current_month"]
+        return found
+
+    before = month()
+    stamp.write_text(f"+{JUMP_S}s\n")
+    time.sleep(seconds)
+    during = month()
+    stamp.write_text("+0\n")
+    return {"month_before": before, "month_during": during, "month_after": month()}
+
+
+# -- what a fault needs beforehand -----------------------------------------------------------------
+
+Prepare = Callable[[Path, Path, contextlib.ExitStack], dict[str, str]]
+"""Of the database's folder and the scratch folder; what it adds to the environment."""
+
+
+def _nothing(kept: Path, folder: Path, stack: contextlib.ExitStack) -> dict[str, str]:
+    return {}
+
+
+def _small_disk(kept: Path, folder: Path, stack: contextlib.ExitStack) -> dict[str, str]:
+    """A file system that is small enough to be filled."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m,mode=0700", "none", str(kept)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        raise Failed("disk-full needs a small file system of its own: run it as root")
+    stack.callback(subprocess.run, ["umount", "-l", str(kept)], check=True)
+    return {}
+
+
+def _another_clock(kept: Path, folder: Path, stack: contextlib.ExitStack) -> dict[str, str]:
+    """libfaketime in front of the C library's clocks, the monotonic one left alone."""
+    library = next(
+        (str(each) for each in Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")), None
+    )
+    if shutil.which("faketime") is None or library is None:
+        raise Failed("clock-jump needs libfaketime: apt install faketime")
+    stamp = folder / "clock"
+    stamp.write_text("+0\n")
+    return {
+        "LD_PRELOAD": library,
+        "FAKETIME_TIMESTAMP_FILE": str(stamp),
+        "FAKETIME_NO_CACHE": "1",
+        "DONT_FAKE_MONOTONIC": "1",
+    }
+
+
+_FAULTS: Final[dict[str, tuple[Prepare, Callable[[Scratch, float], dict[str, Any]], str]]] = {
+    "storage-lost": (_nothing, _storage_lost, _GOOD),
+    "disk-full": (_small_disk, _disk_full, _GOOD),
+    "provider-down": (_nothing, _upstream_fault(_BAD), "drill"),
+    "slow-upstream": (_nothing, _upstream_fault(_SLOW), "drill"),
+    "clock-jump": (_another_clock, _clock_jump, _GOOD),
+}

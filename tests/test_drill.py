@@ -1,0 +1,93 @@
+"""`gwproxy drill`: each fault on a gateway of its own, and a report that says what it did."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from gwproxy.cli import main
+from tests.conftest import StartGateway
+from tests.harness import ADMIN_KEY, UPSTREAM_TOKEN, chat
+
+
+@pytest.fixture
+async def ledger(start_gateway: StartGateway) -> AsyncIterator[Path]:
+    """The folder of a running gateway of somebody's own."""
+    front = await start_gateway()
+    assert (await front.chat(chat())).status == 200
+    yield front.gateway.database.parent
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def drill(fault: str, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, object]:
+    code = main(["drill", fault, "--json", *words])
+    told = capsys.readouterr()
+    assert code == 0, told
+    report: dict[str, object] = json.loads(told.out)
+    assert report["passed"] is True
+    assert str(report["ledger"]).startswith("ledger verify: ok")
+    assert report["good_keys_refused"] == 0
+    return report
+
+
+@pytest.fixture
+def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """There is no configuration."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GWPROXY_CONFIG", raising=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.usefixtures("nowhere")
+def test_a_lost_database_is_survived_open_and_closed(capsys: pytest.CaptureFixture[str]) -> None:
+    report = drill("storage-lost", capsys, "--seconds", "2")
+    assert "closed 503" in str(report["answers"]) and "open 200" in str(report["answers"])
+    assert int(str(report["served_open"])) > 0
+    assert report["readiness_was"] == 503
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.usefixtures("nowhere")
+def test_a_provider_that_is_down_is_left_alone_and_comes_back(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    report = drill("provider-down", capsys, "--seconds", "2")
+    assert report["refused"] == 0
+    assert report["breaker_was"] in ("open", "half_open")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+async def test_a_drill_copies_the_ledger_and_touches_nothing_of_it(
+    ledger: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GWPROXY_ADMIN_KEY", ADMIN_KEY)
+    monkeypatch.setenv("UPSTREAM_TOKEN", UPSTREAM_TOKEN)
+    before = names(ledger)
+    config = str(ledger / "config.toml")
+    report = await asyncio.to_thread(
+        drill, "storage-lost", capsys, "--seconds", "2", "--config", config
+    )
+    assert int(str(report["served_open"])) > 0
+    assert names(ledger) == before
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "4000"])
+def test_a_time_that_cannot_be_is_refused(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["drill", "storage-lost", "--seconds", seconds]) == 2
+    assert "--seconds" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("nowhere")
+def test_a_configuration_that_was_named_has_to_be_there(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["drill", "storage-lost", "--config", "none.toml"]) == 2
+    assert "none.toml" in capsys.readouterr().err
