@@ -210,7 +210,10 @@ FAILURES: Final[Mapping[str, tuple[str, Outcome]]] = {
         "no HTTP, a head above 256 KiB, an answer compressed unasked",
         _failure("provider_error", "garbage"),
     ),
-    "too_large": ("an answer above 32 MiB", _failure("provider_error", "too_large")),
+    "too_large": (
+        "an answer above 32 MiB, of embeddings 160",
+        _failure("provider_error", "too_large"),
+    ),
     "first_byte_timeout": (
         "a stream's first byte not within `first_byte_timeout_s`",
         _failure("provider_timeout", "first_byte_timeout"),
