@@ -289,8 +289,11 @@ async def test_every_planted_difference_is_found_and_nothing_else(
     assert all(line["why"] for line in lines)
 
     before = await spent(run)
+    asked = sum("/logs?" in request["path"] for request in demo.requests)
     assert await run(*history.words(), "--apply") == 1  # some differ beyond what can be corrected
     assert f"{len(wanted)} corrected." in run.err
+    # A log that long ago says the same: only its first row was looked at.
+    assert sum("/logs?" in request["path"] for request in demo.requests) == asked + 1
     after = await spent(run)
     charged = {history.id(n): c for n, c in enumerate(history.cases)}
     delta = sum(
@@ -539,7 +542,7 @@ sys.exit(code)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 async def test_a_hundred_thousand_records_fit_into_little_memory(
     run: Shell, demo: DemoUpstream
 ) -> None:
@@ -567,9 +570,12 @@ async def test_a_hundred_thousand_records_fit_into_little_memory(
     code, found, peak = await measured(*history.words(), "--json")
     assert code == 1
     assert counts(found) == history.expected()
-    assert found["corrections"]["count"] == len(history.corrections())
-    assert peak - base < 64 * 1024, (base, peak)  # KiB
-    assert await run(*history.words(), "--apply", "--json") == 1
-    assert await run(*history.words(), "--json") == 1
-    assert run.json["corrections"]["count"] == 0
+    wanted = len(history.corrections())
+    assert found["corrections"]["count"] == wanted
+    assert peak - base < 32 * 1024, (base, peak)  # KiB
+    # The log is in the book already: what is left is to compare, and to correct.
+    code, found, _ = await measured(*history.words(), "--json", "--apply")
+    assert (code, found["corrections"]["count"]) == (1, wanted)
+    code, found, _ = await measured(*history.words(), "--json", "--apply")
+    assert (code, found["corrections"]["count"]) == (1, 0)
     assert await run("ledger", "verify") == 0, run.out

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import orjson
 
@@ -42,7 +42,7 @@ from gwproxy.state.corrections import MOST
 from gwproxy.storage import inspect
 from gwproxy.storage.database import DatabaseRefused
 from gwproxy.storage.ledger import Mark
-from gwproxy.storage.reconcile import Book, BookRefused, beside, book, lines
+from gwproxy.storage.reconcile import WHOLE, Book, BookRefused, beside, book, lines
 
 FINE: Final = 0
 DIFFERS: Final = 1
@@ -50,6 +50,7 @@ WRONG_USAGE: Final = 2
 UNREACHABLE: Final = 3
 
 _DAY: Final = timedelta(days=1)
+_STAYS_AFTER_MS: Final = 3_600_000
 _ADMITTED_BEFORE_MS: Final = 60_000
 """A request's row is older than its record at the gateway, by less than this."""
 
@@ -132,7 +133,8 @@ async def _compare(
     now_ms = int(time.time() * 1000)
     fetched = Fetched()
     if args.file is not None:
-        kept.begin("")
+        found = args.file.stat() if args.file.exists() else None
+        kept.begin(f"{args.file.absolute()} {found and (found.st_mtime_ns, found.st_size)}")
         first, last = bring(args.file, kept, fetched)
         begin = first - _ADMITTED_BEFORE_MS if since is None else since
         end = last + 1 if until is None else until
@@ -161,7 +163,9 @@ async def _compare(
     kept.add_up(begin, end, list(names.items()))
     at = {"at": rfc3339(now_ms), **summary.row()}
     kept.put_note("last", orjson.dumps(at).decode())
-    kept.put_note("done", "1")
+    # Long enough ago, a log says the same the next time: who has looked may apply at once.
+    settled = end < now_ms - _STAYS_AFTER_MS and not fetched.late and not fetched.missing
+    kept.put_note("done", WHOLE if settled else "ended")
     return summary
 
 
@@ -169,7 +173,7 @@ def _span(
     kept: Book, gateway: str, since: int | None, until: int | None, now_ms: int
 ) -> tuple[int, int]:
     """What is to be compared. A run that did not come to its end is taken up where it stopped."""
-    before = orjson.loads(kept.note("about") or "{}")
+    before = _json(kept.note("about"))
     if (
         before.get("gateway") == gateway
         and kept.note("done") is None
@@ -188,6 +192,14 @@ def _span(
     if kept.begin(orjson.dumps(about, option=orjson.OPT_SORT_KEYS).decode()):
         say(f"Going on with {rfc3339(begin)} to {rfc3339(end)} where it stopped.")
     return begin, end
+
+
+def _json(text: str | None) -> dict[str, Any]:
+    try:
+        value = orjson.loads(text or "")
+    except orjson.JSONDecodeError:
+        return {}  # the last run was of a file
+    return value if isinstance(value, dict) else {}
 
 
 def _known_until(config: Config, mark: Mark, since: int, until: int) -> int:

@@ -20,6 +20,9 @@ from gwproxy.core.reconcile import Correction, Ours, Theirs
 from gwproxy.core.records import Tried
 
 HOUR_MS: Final = 3_600_000
+
+WHOLE: Final = "whole"
+"""How a run ended that need not read the log again."""
 _ROWS: Final = 1000
 
 _SCHEMA: Final = """
@@ -85,10 +88,12 @@ class Book:
     # -- beginning ---------------------------------------------------------------------------
 
     def begin(self, about: str) -> bool:
-        """Start what `about` describes; True where it had begun before, and may go on."""
+        """Start what `about` describes; True where it had begun before, and may go on. What came to
+        its end is kept as well, where nothing can have been added to it."""
         with self._transaction():
-            if self.note("about") == about and self.note("done") is None:
-                return True
+            done = self.note("done")
+            if self.note("about") == about and done in (None, WHOLE):
+                return done is None
             for table in _LINES:
                 self._connection.execute(f"DELETE FROM {table}")
             self._connection.execute("DELETE FROM about WHERE name <> 'last'")
