@@ -62,7 +62,7 @@ def test_a_file_is_imported_and_exported_without_a_server(
     table = tmp_path / "people.csv"
     table.write_text(ROWS)
     assert command("import", str(table), "--dry-run") == 0
-    assert command.out == "checked: 2 created\n"
+    assert command.out == "checked, nothing was imported: 2 created\n"
     assert command("users", "show", "ann") == 1
     assert command("import", str(table), "--json") == 0
     assert json.loads(command.out)["committed"] is True
@@ -82,7 +82,7 @@ def test_a_file_is_imported_and_exported_without_a_server(
     table.write_text(ROWS + "no good,,\n,,\n")
     assert command("import", str(table)) == 1
     assert "line 4: `user_id` must be" in command.out
-    assert "nothing was imported: 2 unchanged, 2 wrong" in command.out
+    assert "nothing was imported: 2 of 4 rows are wrong" in command.out
     assert command("import", str(tmp_path / "none.csv")) == 2
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"user_id":"eve"}\n')))
     assert command("import", "-") == 0

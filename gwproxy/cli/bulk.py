@@ -201,8 +201,12 @@ async def _import(args: argparse.Namespace, call: Call) -> int:
         if len(wrong) > _MOST_SHOWN:
             print(f"... and {len(wrong) - _MOST_SHOWN} more")
         words = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-        state = "imported" if report["committed"] else "nothing was imported"
-        print(f"{'checked' if args.dry_run else state}: {words or 'no rows'}")
+        if report["committed"]:
+            print(f"imported: {words or 'no rows'}")
+        elif args.dry_run:
+            print(f"checked, nothing was imported: {words or 'no rows'}")
+        else:
+            print(f"nothing was imported: {len(wrong)} of {len(report['rows'])} rows are wrong")
     return REFUSED if counts["wrong"] else FINE
 
 
