@@ -139,7 +139,7 @@ class Store:
     ) -> None:
         self._lock = lock
         self.database = database
-        self.gateway_side = GatewaySide(database.path)
+        self.gateway_side = GatewaySide(kept.database)
         self.journal = journal
         self.ledger = ledger
         self.keyring = keyring
