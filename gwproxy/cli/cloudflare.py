@@ -511,7 +511,7 @@ async def _setup(args: argparse.Namespace, config: Config, api: Api, gateway: st
         print("\nFor .env, as .env.example has it:\n")
         print("\n".join(f"  {line}" for line in lines))
         print("\nFor config.toml:\n")
-        print("\n".join(f"  {line}" for line in _TOML))
+        print("\n".join(f"  {line}" for line in _toml(config)))
         print("\nThen: gwproxy doctor")
     return REFUSED if missing else FINE
 
@@ -530,13 +530,15 @@ async def _store_missing(config: Config, api: Api, gateway: str) -> list[str]:
     return missing
 
 
-_TOML: Final = (
-    "[upstream]",
-    'flavour = "cloudflare-compat"',
-    'account_id = "env:CLOUDFLARE_ACCOUNT_ID"',
-    'gateway_id = "env:CLOUDFLARE_GATEWAY_ID"',
-    'token = "env:CLOUDFLARE_API_TOKEN"',
-)
+def _toml(config: Config) -> tuple[str, ...]:
+    flavour = config.upstream.flavour
+    return (
+        "[upstream]",
+        f'flavour = "{flavour if flavour.startswith("cloudflare") else "cloudflare-compat"}"',
+        'account_id = "env:CLOUDFLARE_ACCOUNT_ID"',
+        'gateway_id = "env:CLOUDFLARE_GATEWAY_ID"',
+        'token = "env:CLOUDFLARE_API_TOKEN"',
+    )
 
 
 def _lines_to_paste(config: Config, gateway: str) -> list[str]:

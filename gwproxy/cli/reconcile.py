@@ -366,14 +366,14 @@ def _notes(args: argparse.Namespace, summary: Summary) -> Iterator[str]:
             "The gateway's log is empty. Turn it on: gwproxy cloudflare gateways update ID "
             "--collect-logs on"
         )
-    if Kind.TOO_OLD in kinds and summary.oldest is not None:
-        begins = rfc3339(summary.oldest)
-        yield f"The log goes back to {begins}: reconcile more often than it forgets."
-    if Kind.OURS_ONLY in kinds and not summary.log_is_whole:
+    elif Kind.OURS_ONLY in kinds and not summary.log_is_whole:
         yield (
             "The log has holes, so what it does not have is left as it is. It may be full, or off "
             "for a while: gwproxy doctor"
         )
+    if Kind.TOO_OLD in kinds and summary.oldest is not None:
+        begins = rfc3339(summary.oldest)
+        yield f"The log goes back to {begins}: reconcile more often than it forgets."
     if Kind.THEIRS_ONLY in kinds:
         yield (
             "Theirs only: somebody uses the gateway beside gwproxy (gwproxy doctor does), or the "
