@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 from aiohttp.test_utils import TestClient
 
+from gwproxy.config import load
+from gwproxy.core.routing import CATALOGUE
 from gwproxy.web import Router
 from tests.harness import ADMIN_KEY, Gateway
 from tests.sdk import config, demo_upstream
+from tests.supervised import SERVICE, Unit, environment_of_the_unit
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
@@ -114,3 +117,28 @@ def test_a_test_that_is_cited_is_there(document: Path) -> None:
     for file, name in re.findall(r"`(?:tests/)?(test_\w+)\.py(?:::(\w+))?`", document.read_text()):
         text = (tests / f"{file}.py").read_text()
         assert not name or re.search(rf"^(async )?def {name}\(", text, re.M), (file, name)
+
+
+# -- an installed service --------------------------------------------------------------------------
+
+
+def test_what_the_installation_changes_is_a_configuration_that_the_unit_starts_with(
+    tmp_path: Path,
+) -> None:
+    """The secrets' files are root's: the service reads its credentials, and never looks there."""
+    text = (ROOT / "config.toml").read_text()
+    (changed,) = blocks(ROOT / "docs" / "OPERATIONS.md", "toml installed")
+    for line in changed.splitlines():
+        key, sign, _ = line.partition(" = ")
+        if sign:
+            text, found = re.subn(rf"^{key} = .*$", line, text, count=1, flags=re.M)
+            assert found == 1, key
+    (tmp_path / "config.toml").write_text(text)
+    for name in ("cloudflare-token", "admin-key"):
+        (tmp_path / name).write_text(ADMIN_KEY)
+    environ = {**environment_of_the_unit(), "CREDENTIALS_DIRECTORY": str(tmp_path)}
+    found = load(tmp_path / "config.toml", environ, catalogue=CATALOGUE)
+    assert str(found.storage.journal) == "/var/lib/gwproxy/journal"
+    assert Unit(SERVICE).all("Service", "StateDirectory") == ["gwproxy"]
+    assert found.upstream.token is not None
+    assert found.upstream.token.reveal() == ADMIN_KEY
