@@ -1,19 +1,26 @@
 """The documents: what they tell people to type works, and what they cite is there."""
 
 import asyncio
+import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 from aiohttp.test_utils import TestClient
 
+from gwproxy.cli import main
 from gwproxy.config import load
 from gwproxy.core.routing import CATALOGUE
+from gwproxy.demo import DemoUpstream
 from gwproxy.web import Router
-from tests.harness import ADMIN_KEY, Gateway
+from tests.harness import ADMIN_KEY, UPSTREAM_TOKEN, Gateway
 from tests.sdk import config, demo_upstream
 from tests.supervised import SERVICE, Unit, environment_of_the_unit
 
@@ -41,9 +48,14 @@ async def run(script: str, folder: Path, **environ: str) -> str:
         env={"PATH": os.environ["PATH"], "HOME": str(folder), **environ},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
+        start_new_session=True,
     )
-    async with asyncio.timeout(50):
-        out, _ = await process.communicate()
+    try:
+        async with asyncio.timeout(40):
+            out, _ = await process.communicate()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and what it has left running
     assert process.returncode == 0, out.decode()
     return out.decode()
 
@@ -57,11 +69,19 @@ curl() { echo "curl $*" >&2; command curl -sS --fail-with-body "$@"; echo; }
 """
 
 
-async def test_every_curl_of_the_api_works_and_no_route_is_without_one(tmp_path: Path) -> None:
+@pytest_asyncio.fixture
+async def demo() -> AsyncIterator[DemoUpstream]:
+    upstream = demo_upstream()
+    await upstream.start()
+    yield upstream
+    await upstream.stop()
+
+
+async def test_every_curl_of_the_api_works_and_no_route_is_without_one(
+    tmp_path: Path, demo: DemoUpstream
+) -> None:
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
-    demo = demo_upstream()
-    await demo.start()
     gateway = Gateway(tmp_path, config(demo, "cloudflare-compat"))
     async with TestClient(gateway) as client:
         script = CURL + "".join(blocks(ROOT / "docs" / "API.md"))
@@ -71,7 +91,6 @@ async def test_every_curl_of_the_api_works_and_no_route_is_without_one(tmp_path:
         app = gateway.app
         assert app is not None
         routes = app._fronts[0].router
-    await demo.stop()
     assert "data: [DONE]" in out
     assert '"status":"ok"' in out
     assert asked(routes) == {(route.method, route.path) for route in routes.routes}
@@ -142,3 +161,89 @@ def test_what_the_installation_changes_is_a_configuration_that_the_unit_starts_w
     assert Unit(SERVICE).all("Service", "StateDirectory") == ["gwproxy"]
     assert found.upstream.token is not None
     assert found.upstream.token.reveal() == ADMIN_KEY
+
+
+# -- the command line ------------------------------------------------------------------------------
+
+# Commands of the README that other runs have: CI runs them as they stand, or their own tests do.
+ELSEWHERE = ("make run", "python3 -m venv", "pip install --require-hashes")
+
+
+@pytest.mark.slow
+async def test_every_command_of_the_readme_works(tmp_path: Path, demo: DemoUpstream) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    shutil.copy(ROOT / "config.toml", tmp_path)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, words in (("gwproxy", "-m gwproxy"), ("python3", "")):
+        (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {words} "$@"\n')
+        (programs / name).chmod(0o755)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    out = await run(
+        readme(port),
+        tmp_path,
+        PATH=f"{programs}:{os.environ['PATH']}",
+        PYTHONPATH=str(ROOT),
+        CLOUDFLARE_ACCOUNT_ID=demo.account,
+        CLOUDFLARE_GATEWAY_ID=demo.gateway,
+        CLOUDFLARE_API_TOKEN=UPSTREAM_TOKEN,
+        GWPROXY_ADMIN_KEY=ADMIN_KEY,
+        GWPROXY__UPSTREAM__BASE_URL=demo.compat_url,
+        GWPROXY__UPSTREAM__API_URL=demo.api_url,
+        GWPROXY__SERVER__LISTEN=f"127.0.0.1:{port}",
+        GWPROXY__STORAGE__JOURNAL_SEGMENT_BYTES="1048576",
+        PRICES=str(ROOT / "gwproxy" / "data" / "prices.json"),
+    )
+    assert "gwproxy ready on" in out
+    assert "data: [DONE]" in out
+    assert "ok" in out
+
+
+def readme(port: int) -> str:
+    """Its commands as one script, on another port: first who makes the key, then who uses it."""
+    texts = blocks(ROOT / "README.md")
+    texts.sort(key=lambda text: "gw_live_..." in text or "$KEY" in text or "ledger" in text)
+    script = "\n".join(
+        line for line in "".join(texts).splitlines() if not line.startswith(ELSEWHERE)
+    )
+    for old, new in (
+        ("gwproxy keys create --user alice", "KEY=$(gwproxy keys create --user alice)"),
+        ("gwproxy serve", SERVE),
+        ("gw_live_...", "$KEY"),
+        ("127.0.0.1:8080", f"127.0.0.1:{port}"),
+        ("--prices FILE", '--prices "$PRICES"'),
+    ):
+        assert old in script, old
+        script = script.replace(old, new)
+    return CURL + script
+
+
+SERVE = """{
+  gwproxy serve > ready 2> log & trap "kill $!" EXIT
+  until grep ready ready; do sleep 0.05; kill -0 $! || { cat log; exit 1; }; done
+}"""
+
+
+def named() -> list[str]:
+    """Every `gwproxy ...` that the documents tell people to type, up to its first argument."""
+    found = set()
+    for document in DOCS:
+        text = document.read_text()
+        code = [*re.findall(r"`([^`\n]+)`", text), *re.findall(r"```sh.*?\n(.*?)```", text, re.S)]
+        for words in re.findall(
+            r"^ *(?:sudo )?gwproxy ((?:[a-z][a-z-]* ?)+)", "\n".join(code), re.M
+        ):
+            found.add(words.strip())
+    return sorted(found)
+
+
+@pytest.mark.parametrize("words", named())
+def test_every_command_that_is_named_is_there(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*words.split(), "--help"])
+    assert ended.value.code == 0, capsys.readouterr().err
