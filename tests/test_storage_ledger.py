@@ -756,6 +756,22 @@ async def test_a_transaction_holds_no_more_than_5000_records_and_a_slice_no_more
     assert await writer.step() == 0
 
 
+async def test_a_busy_loop_makes_its_transactions_shorter_and_does_not_lose_the_database(place):
+    async def breathe() -> None:
+        place.now += 0.1  # everybody else comes first
+        writer.tick()
+
+    place.live.requests(1000)
+    writer = place.writer(breathe=breathe)
+    steps = 0
+    while await writer.step():
+        steps += 1
+    assert writer.applied == 2000
+    assert place.now > 5  # together they took longer than a database may be without a commit
+    assert steps > 5
+    assert place.heard == []
+
+
 async def test_it_is_not_back_while_it_is_far_behind(place):
     faulty = Faulty(place.database)
     writer = place.writer(faulty)

@@ -65,6 +65,10 @@ T = TypeVar("T")
 MOST_RECORDS: Final = 5000
 """In one transaction: a tenth of a second's work, so that a stop or a fault never waits longer."""
 
+BATCH_S: Final = 0.5
+"""A batch takes no more records after so long. Where the loop is busy its slices have to wait, and
+5,000 records would be more than the time after which a database without a commit counts as lost."""
+
 SLICE_RECORDS: Final = 32
 SLICE_BYTES: Final = 32 << 10
 """Read and applied in one go on the event loop: 0.3 to 0.7 ms, in which no stream moves."""
@@ -727,8 +731,9 @@ class Writer:
         batch = Batch(state.lsn + 1)
         older = Older(self._database, state, place.since)
         # What comes meanwhile is for the next batch: running after it is a read for each record.
-        last = min(self._journal.end.lsn, cursor.lsn + MOST_RECORDS)
-        while cursor.lsn < last:
+        end = self._journal.end.lsn
+        last = min(end, cursor.lsn + MOST_RECORDS)
+        while cursor.lsn < last and self._now() - started < BATCH_S:
             most = min(SLICE_RECORDS, last - cursor.lsn)
             payloads, cursor = self._journal.read(cursor, most, SLICE_BYTES)
             if not payloads:
@@ -750,7 +755,8 @@ class Writer:
         place.cursor = cursor
         self.applied = cursor.lsn
         self._tell()
-        self._committed(batch.count < MOST_RECORDS and self._now() - started < BACK_WITHIN_S)
+        caught_up = cursor.lsn >= min(end, self._journal.end.lsn)
+        self._committed(caught_up and self._now() - started < BACK_WITHIN_S)
         await self._database.checkpoint()
         return batch.count
 
