@@ -3,14 +3,19 @@
 import asyncio
 import os
 import socket
+import time
 from pathlib import Path
 
 import aiohttp
+import pytest
 
+from gwproxy.demo import DemoUpstream
 from tests.conftest import StartGateway
 from tests.harness import (
+    ADMIN,
     CONFIG,
     DONE,
+    UPSTREAM_TOKEN,
     Gateway,
     Received,
     Upstream,
@@ -21,6 +26,7 @@ from tests.harness import (
     usage_only,
 )
 from tests.office import Disk
+from tests.outages import Crowd, assert_ledger, crowd, prepared
 from tests.raw import connect, get, post, prompt
 from tests.scene import until
 
@@ -143,3 +149,45 @@ async def test_all_streams_under_way_end_whole_within_the_limit(
         assert all(text.endswith("data: [DONE]\n\n") for text in texts)
         assert await stop == []
     front.gateway.log.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+async def test_two_hundred_streams_end_or_are_settled_when_the_process_is_told_to_stop(
+    tmp_path: Path,
+) -> None:
+    """The real process: exit code 0, and every stream in the ledger at what its client got."""
+    record = tmp_path / "record.jsonl"
+    demo = DemoUpstream(token=UPSTREAM_TOKEN, record_file=record)
+    await demo.start()
+    place = prepared(tmp_path / "place", demo)
+    config = place.folder / "config.toml"
+    config.write_text(config.read_text().replace("drain_s = 1", "drain_s = 4"))
+    models = ("mock/prose+len-60+slow-20", "mock/prose+len-2000+slow-20")
+    async with place.life() as life:
+        async with crowd(place, life, callers=0) as callers, asyncio.TaskGroup() as group:
+            for number in range(200):
+                asked = callers.ask("open", stream=True, model=models[number % 2])
+                group.create_task(asked)
+            async with asyncio.timeout(30):
+                while True:
+                    if await metric(callers, "gwproxy_streams_open") == 200:
+                        break
+                    await asyncio.sleep(0.05)  # no event tells of a stream
+            began = time.monotonic()
+            life.ask_to_end()
+        assert await life.ended() == 0, place.log.read_text()
+        took_s = time.monotonic() - began
+    await demo.stop()
+    outcomes = assert_ledger(place, record, callers.got)
+    assert set(outcomes) == {"completed", "truncated"} and outcomes.total() == 200, outcomes
+    assert outcomes["truncated"] >= 100, "half of them are too long for it"
+    assert took_s < 12, took_s
+    print(f"\n200 streams at SIGTERM: {dict(outcomes)}, ended after {took_s:.1f} s, exit code 0")
+
+
+async def metric(callers: Crowd, name: str) -> float:
+    async with callers.session.get("/metrics", headers=ADMIN) as answer:
+        text = await answer.text()
+    [line] = [line for line in text.splitlines() if line.startswith(f"{name} ")]
+    return float(line.split()[1])
