@@ -242,9 +242,11 @@ class Crowd:
                 return told
         return None
 
-    async def burst(self, count: int) -> None:
+    async def burst(self, count: int, model: str = MODEL) -> None:
         """So many at once, half of each organization."""
-        await asyncio.gather(*(self.ask(("open", "shut")[n % 2]) for n in range(count)))
+        await asyncio.gather(
+            *(self.ask(("open", "shut")[n % 2], model=model) for n in range(count))
+        )
 
     async def go_on(self, org: str) -> None:
         number = 0

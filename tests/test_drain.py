@@ -107,7 +107,7 @@ async def test_what_cannot_be_settled_at_the_end_is_named_and_settled_by_the_nex
     app = front.gateway.app
     assert app is not None
     ids = [stream.headers["x-request-id"] for stream in streams]
-    disk = app._store.journal._files = Disk()
+    disk = app._store.journal.files = Disk()
     disk.full = True
     front.gateway._closed = True
     assert sorted(await app.stop()) == sorted(ids)

@@ -21,6 +21,7 @@ from tests.conftest import Front, StartGateway
 from tests.harness import ADMIN, UPSTREAM_TOKEN, bearer, chat, make_key
 from tests.kills import Place, Strike, Where, why_no_tracing
 from tests.outages import (
+    MODEL,
     Apart,
     JournalApart,
     assert_ledger,
@@ -347,13 +348,18 @@ async def test_a_thousand_at_once_come_through_both_transitions(
 ) -> None:
     place = prepared(tmp_path / "place", demo)
     async with place.life() as life:
-        async with crowd(place, life, callers=1) as callers, asyncio.TaskGroup() as group:
-            group.create_task(callers.burst(1000))
-            await asyncio.sleep(0.5)
+        async with crowd(place, life, callers=0) as callers, asyncio.TaskGroup() as group:
+            # Let in before it, answered and settled in it.
+            first = group.create_task(callers.burst(1000, f"{MODEL}+delay-4000"))
+            await until(lambda: len(demo.requests) >= 1000, 60)
             async with deleted(place, life):
                 await callers.until("lost")
-            group.create_task(callers.burst(1000))
-            await callers.until("ok")
+            await first
+            assert {(told.status, told.mode) for told in callers.told} == {(200, "normal")}
+            # And on the other side some are let in before the end, some after it.
+            while callers.ready[-1][3] == "lost":
+                await callers.burst(250)
+            await callers.burst(1000)
         await life.stop()
     counts = assert_told_the_truth(callers)
     assert sum(counts.values()) >= 2000
