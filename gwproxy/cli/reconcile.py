@@ -51,6 +51,9 @@ UNREACHABLE: Final = 3
 
 _DAY: Final = timedelta(days=1)
 _STAYS_AFTER_MS: Final = 3_600_000
+_LOOKS: Final = 20
+_LOOK_S: Final = 0.1
+"""Two seconds in all for a database that is a moment behind."""
 _ADMITTED_BEFORE_MS: Final = 60_000
 """A request's row is older than its record at the gateway, by less than this."""
 
@@ -144,8 +147,8 @@ async def _compare(
             begin, end = _span(kept, f"{config.upstream.api_url} {gateway}", since, until, now_ms)
             oldest_ms = await oldest(api, gateway)
             fetched = await _fetch(args, api, gateway, kept, begin, end, now_ms)
+    end = await _known_until(config, begin, end)
     with inspect.tables(config.storage.path) as tables:
-        end = _known_until(config, tables.mark, begin, end)
         await tables.run(lambda c: kept.take_ours(lines(c, begin - MARGIN_MS, end + MARGIN_MS)))
     names = _names(config)
     with _csv(args.csv, args.all) as sink:
@@ -202,18 +205,29 @@ def _json(text: str | None) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _known_until(config: Config, mark: Mark, since: int, until: int) -> int:
+async def _known_until(config: Config, since: int, until: int) -> int:
     """How far the database goes, where the journal has more than it: what came later is in neither
-    of the two sides that are compared."""
+    of the two sides that are compared. A server's database is a moment behind, as a rule."""
+    mark = _mark(config)
     if mark.t >= until:
         return until
-    behind = inspect.journal(config.storage.journal, mark.lsn).trail.end.lsn - mark.lsn
-    if behind <= 0:
+    last = inspect.journal(config.storage.journal, mark.lsn).trail.end.lsn
+    for _ in range(_LOOKS):
+        if mark.lsn >= last:
+            break
+        await asyncio.sleep(_LOOK_S)
+        mark = _mark(config)
+    if (behind := last - mark.lsn) <= 0:
         return until
     say(f"The database is {behind:,} records behind: compared up to {rfc3339(mark.t)}.")
     if mark.t <= since:
         raise _Stop(DIFFERS, "Nothing is there yet: start the server, or run it again in a minute.")
     return mark.t
+
+
+def _mark(config: Config) -> Mark:
+    with inspect.tables(config.storage.path) as tables:
+        return tables.mark
 
 
 async def _fetch(
