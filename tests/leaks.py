@@ -26,7 +26,10 @@ FORMS: Final = {
     "a private key": re.compile(r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----\s+[A-Za-z0-9+/=]{40}"),
 }
 
-_PASSED_OVER: Final = {".git", ".venv", "__pycache__", ".hypothesis", "node_modules"}
+_PASSED_OVER: Final = {
+    *(".git", ".venv", "__pycache__", "node_modules"),
+    *(".hypothesis", ".pytest_cache", ".mypy_cache", ".ruff_cache"),
+}
 _LARGEST_BYTES: Final = 16 << 20
 
 
