@@ -38,6 +38,7 @@ def drill(fault: str, capsys: pytest.CaptureFixture[str], *words: str) -> dict[s
 @pytest.fixture
 def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """There is no configuration."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GWPROXY_CONFIG", raising=False)
 
