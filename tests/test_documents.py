@@ -51,7 +51,7 @@ async def run(script: str, folder: Path, **environ: str) -> str:
         start_new_session=True,
     )
     try:
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(150):
             out, _ = await process.communicate()
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -170,6 +170,7 @@ ELSEWHERE = ("make run", "python3 -m venv", "pip install --require-hashes")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(200)
 async def test_every_command_of_the_readme_works(tmp_path: Path, demo: DemoUpstream) -> None:
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")

@@ -199,6 +199,7 @@ scrape_configs:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(200)
 async def test_a_real_prometheus_scrapes_it_during_load(front: Front, tmp_path: Path) -> None:
     over = asyncio.Event()
     answered = 0

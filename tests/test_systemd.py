@@ -171,6 +171,7 @@ async def test_a_service_says_that_it_is_ready_alive_and_on_its_way_out(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(200)
 async def test_a_service_that_stands_still_gives_no_sign_and_what_it_had_is_settled_by_the_next(
     tmp_path: Path, upstream: Upstream
 ) -> None:
@@ -213,6 +214,7 @@ async def test_a_service_that_stands_still_gives_no_sign_and_what_it_had_is_sett
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(200)
 async def test_the_service_makes_no_call_that_its_filter_forbids(
     tmp_path: Path, upstream: Upstream
 ) -> None:
@@ -311,6 +313,7 @@ class Load:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(200)
 async def test_restarts_under_load_refuse_and_reset_nobody(
     tmp_path: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,6 +346,7 @@ async def test_restarts_under_load_refuse_and_reset_nobody(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(200)
 async def test_the_first_connection_starts_the_service(tmp_path: Path, upstream: Upstream) -> None:
     activate = tool("systemd-socket-activate")
     async with supervising(tmp_path, upstream.url) as supervisor:
