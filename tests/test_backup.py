@@ -524,14 +524,28 @@ async def test_a_file_that_is_put_back_soon_is_taken_as_it_is(place, backups, tm
 async def test_damage_outlasts_a_rebuilding_that_is_not_possible(place, backups):
     """The file is not taken for good because there is nothing better."""
     writer = place.writer(rebuild=partial(backups.rebuild, place.database, place.journal.ledger_id))
+    some(place)
+    await catch_up(writer)
     place.live.requests(3000)
     await catch_up(writer)
+    place.live.sync()
     drop(place, writer.applied)
-    await place.database.reopen()
-    spoil(place.path, 60)
-    await place.database.reopen()
+    await place.database.commit(
+        lambda c: c.execute("CREATE TABLE filler AS SELECT zeroblob(1 << 20) AS x")
+    )
+    await place.database.reopen()  # all is in the file
+    spoil(place.path, place.path.stat().st_size // 4096 - 100)
+    commit = place.database.commit
+
+    async def met(work):
+        await place.database.read("SELECT hex(x) FROM filler")
+        return await commit(work)
+
+    place.database.commit = met
     place.live.requests(10)
+    assert await writer.step() == 0
+    place.database.commit = commit
     for _ in range(8):
-        await writer.step()
         place.now += 1
+        await writer.step()
     assert [state for state, _ in place.heard] == ["lost"]
