@@ -285,6 +285,8 @@ class ListenerProtocol(web.RequestHandler):
                     if self.due == _NEVER:
                         self.due = loop.time() + listener.keepalive_timeout_s
                         self.quiet = True
+                    if listener.handing_over and self.is_idle():
+                        self.hang_up()
                     self._waiter = loop.create_future()
                     try:
                         await self._waiter
@@ -315,7 +317,7 @@ class ListenerProtocol(web.RequestHandler):
                 self._request_in_progress = False
                 if not body.is_eof() and not self._force_close:
                     await self._linger(body)
-                if not response.keep_alive or not body.is_eof() or listener.handing_over:
+                if not response.keep_alive or not body.is_eof():
                     break
                 # An idle connection keeps nothing of its last request.
                 del message, body, fault, request, response

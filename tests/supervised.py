@@ -99,6 +99,7 @@ class Supervisor:
             "GWPROXY__UPSTREAM__BASE_URL": self._upstream,
             "GWPROXY__STORAGE__JOURNAL_SEGMENT_BYTES": "1048576",
             "GWPROXY__SERVER__DRAIN_S": "2",
+            "GWPROXY__PROVIDERS__OPENAI__RPM": "1000000",  # a load is not what it limits here
         }
 
     @property
