@@ -167,7 +167,6 @@ class App:
             self.log.event("info", "admin key not set: the bootstrap key is off")
         self._book = book or PriceBook(assets.prices())
         metrics = self._metrics = Metrics()
-        metrics.started_at.value = time.time()
         if isinstance(counter, ByteEstimate):
             metrics.tokenizer_fallback.value = 1
             self.log.event("error", "tokenizer failed: tokens are estimated", fault=counter.fault)
@@ -189,7 +188,7 @@ class App:
         self._cleanups.append(notebook.save)
         metrics.refresh.append(functools.partial(gauges.show_factors, metrics, factors))
         accounts = self._accounts = Accounts(store.keyring, terms(config))
-        metrics.refresh.append(functools.partial(gauges.show_process, metrics, self.log))
+        metrics.refresh.append(functools.partial(gauges.show_log, metrics, self.log))
         metrics.refresh.append(functools.partial(gauges.show_ledger, metrics, store, accounts))
         reconciled = functools.partial(gauges.show_reconciled, metrics, store.gateway_side)
         metrics.refresh.append(reconciled)

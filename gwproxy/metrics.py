@@ -2,8 +2,9 @@
 user or a key is never one.
 
 The event loop counts in plain numbers, which is all that a request pays for. A scrape writes the
-text format 0.0.4 straight from them, a page at a time: with a client library's objects in between,
-thousands of series would hold every stream up for tens of milliseconds.
+text format 0.0.4 straight from them, a page at a time: with the client library's objects in
+between, thousands of series would hold every stream up for tens of milliseconds. What is known of
+every process, its memory and its open files, is the library's to tell.
 """
 
 import platform
@@ -12,9 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate, islice
 from typing import Final, Generic, TypeVar
 
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+
 from gwproxy import __version__
 
-CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4
 
 PAGE_SERIES: Final = 500
 """So many are written at once: about a quarter of a millisecond."""
@@ -309,17 +313,12 @@ class Metrics:
         self.log_lines_dropped = self._counter(
             "gwproxy_log_lines_dropped_total", "Log lines that their reader did not take in time."
         ).child()
-        # Under the names that every dashboard knows.
-        self.started_at = self._gauge(
-            "process_start_time_seconds", "When the process began, in seconds since 1970."
-        ).child()
-        self.resident_bytes = self._gauge(
-            "process_resident_memory_bytes", "Memory that the process has in use."
-        ).child()
-        self.open_fds = self._gauge("process_open_fds", "Open file descriptors.").child()
         self._gauge(
             "gwproxy_build_info", "Always 1; the labels say what runs.", "version", "python"
         ).child(__version__, platform.python_version()).value = 1
+
+        self._process = CollectorRegistry()
+        ProcessCollector(registry=self._process)
 
         for outcome in OUTCOMES:
             self.settlement(outcome)
@@ -457,6 +456,12 @@ class Metrics:
                 head = ""
             if head:
                 yield head.encode()
+        yield generate_latest(self._process)
+
+    def process(self) -> dict[str, float]:
+        """What the kernel says of this process, by the names that every dashboard knows."""
+        families = self._process.collect()
+        return {sample.name: sample.value for family in families for sample in family.samples}
 
     def _counter(self, name: str, words: str, *labels: str) -> Family[Count]:
         return self._add(Family("counter", name, words, labels, Count))

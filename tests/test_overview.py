@@ -27,7 +27,7 @@ async def test_health_says_how_it_stands_and_since_when(
         await peer.head()
         found = await show(front, "/admin/health")
         assert (found["streams_open"], found["holds_open"]) == (1, 1)
-        assert 0 <= found["oldest_hold_s"] <= found["uptime_s"] < 60
+        assert 0 <= found["oldest_hold_s"] <= found["uptime_s"]
     assert found["status"] == "ok"
     assert found["version"] == __version__
     assert found["journal"] == found["database"] == {"state": "ok", "cause": None}

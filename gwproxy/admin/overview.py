@@ -108,7 +108,8 @@ class Overview:
     async def health(self, ask: Ask) -> Answer:
         metrics, store, condition = self._metrics, self._store, self._condition()
         metrics.read()
-        now_ms, started_ms = store.ledger.now_ms(), int(metrics.started_at.value * 1000)
+        process, now_ms = metrics.process(), store.ledger.now_ms()
+        started_ms = _started_ms(process)
         backup = store.last_backup_at()
         found = store.recovery
         return Answer(
@@ -135,8 +136,8 @@ class Overview:
                     for name, number in metrics.by("gwproxy_breaker_state", "provider").items()
                 },
                 tokenizer="estimated" if metrics.tokenizer_fallback.value else "exact",
-                memory_bytes=int(metrics.resident_bytes.value),
-                open_files=int(metrics.open_fds.value),
+                memory_bytes=int(process.get("process_resident_memory_bytes", 0)),
+                open_files=int(process.get("process_open_fds", 0)),
                 log_lines_dropped=int(metrics.log_lines_dropped.value),
             )
         )
@@ -155,7 +156,7 @@ class Overview:
         errors.pop("", None)
         return Answer(
             MetricsSummary(
-                started_at=rfc3339(int(metrics.started_at.value * 1000)),
+                started_at=rfc3339(_started_ms(metrics.process())),
                 requests=metrics.by("gwproxy_requests_total", "status_class"),
                 errors=errors,
                 settlements=metrics.by("gwproxy_settlements_total", "outcome"),
@@ -174,3 +175,7 @@ class Overview:
 
 def _part(cause: str | None) -> Part:
     return Part("ok" if cause is None else "lost", cause)
+
+
+def _started_ms(process: dict[str, float]) -> int:
+    return int(process.get("process_start_time_seconds", 0) * 1000)

@@ -1,10 +1,5 @@
 """Gauges that are cheaper read than kept: looked up in what is known anyway, when somebody asks."""
 
-import os
-import resource
-from pathlib import Path
-from typing import Final
-
 from gwproxy.core.learned import Factors
 from gwproxy.core.money import NANOS_PER_USD
 from gwproxy.log import Log
@@ -12,9 +7,6 @@ from gwproxy.metrics import Metrics
 from gwproxy.state.accounts import Accounts
 from gwproxy.state.gateway_side import GatewaySide
 from gwproxy.state.store import Store
-
-_STATM: Final = Path("/proc/self/statm")
-_PAGE_BYTES: Final = resource.getpagesize()
 
 
 def show_ledger(metrics: Metrics, store: Store, accounts: Accounts) -> None:
@@ -41,9 +33,7 @@ def show_factors(metrics: Metrics, factors: Factors) -> None:
             metrics.token_ratio(text, one.model, one.per_mille / 1000, error)
 
 
-def show_process(metrics: Metrics, log: Log) -> None:
-    metrics.resident_bytes.value = int(_STATM.read_bytes().split()[1]) * _PAGE_BYTES
-    metrics.open_fds.value = len(os.listdir("/proc/self/fd"))
+def show_log(metrics: Metrics, log: Log) -> None:
     metrics.log_lines_dropped.value = log.dropped
 
 
