@@ -47,7 +47,10 @@ def source_model(slug: str, name: str) -> ModelInfo | None:
         return SOURCE[f"{build.HUGGINGFACE}{host}"].find_model(name)
     provider = SOURCE[build.SOURCES[slug]]
     others = source_providers if slug in WITH_FALLBACK else None
-    return provider.find_model(name, all_providers=others)
+    found = provider.find_model(name, all_providers=others)
+    if found is not None and found.id.startswith(build.NOT_SERVED.get(slug, ())):
+        return None
+    return found
 
 
 def source_cost(model: ModelInfo, usage: Usage, at_s: float) -> tuple[Fraction, bool] | None:
@@ -181,6 +184,11 @@ def test_the_shipped_table_is_the_one_that_the_installed_source_gives() -> None:
     table = build.compile_table(source_providers, metadata.version("genai-prices"))
     shipped = Path(assets.__file__).parent / "data" / assets.PRICES
     assert build.serialise(table) == shipped.read_bytes()
+
+
+def test_claude_is_sold_by_one_of_googles_shops_alone() -> None:
+    assert BOOK.rate("google-vertex-ai", "claude-sonnet-4-5") is not None
+    assert BOOK.rate("google-ai-studio", "claude-sonnet-4-5") is None
 
 
 def test_a_model_without_a_price_is_not_taken_for_its_neighbour() -> None:

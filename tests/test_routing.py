@@ -3,11 +3,16 @@
 import random
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gwproxy import assets
+from gwproxy.app import build_routes
+from gwproxy.config import load
+from gwproxy.core.pricing import PriceBook
 from gwproxy.core.routing import (
     CATALOGUE,
     Candidate,
@@ -125,6 +130,42 @@ def test_where_a_name_leads_at_an_openai_compatible_server(
     if prices is not ...:
         assert found.provider.prices == prices
     assert found.verbatim == (provider == "upstream")
+
+
+SHIPPED = load(
+    Path(__file__).parents[1] / "config.toml",
+    {
+        "CLOUDFLARE_ACCOUNT_ID": "0" * 32,
+        "CLOUDFLARE_GATEWAY_ID": "gw",
+        "CLOUDFLARE_API_TOKEN": "token",
+    },
+    catalogue=CATALOGUE,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "provider"),
+    [
+        ("claude-sonnet-4-5", "anthropic"),
+        ("claude-opus-4-5", "anthropic"),  # that nobody has in its table, but one sells
+        ("gpt-4o-mini", "openai"),
+        ("gemini-2.5-flash", "gemini"),
+        ("gemini-2.5-pro", "gemini"),
+    ],
+)
+def test_a_bare_name_leads_to_its_seller_with_the_shipped_configuration(
+    name: str, provider: str
+) -> None:
+    (found,) = build_routes(SHIPPED, PriceBook(assets.prices())).resolve(name) or ()
+    assert (found.provider.name, found.model) == (provider, name)
+
+
+def test_who_is_configured_for_a_model_comes_before_who_has_a_price_for_it() -> None:
+    shops = {each: frozenset({"both", "else"}) for each in ("openai", "google-ai-studio")}
+    routes = Routes({"openai": OPENAI, "gemini": replace(GEMINI, model="both")}, catalogue=shops)
+    (found,) = routes.resolve("both") or ()
+    assert found.provider.name == "gemini"
+    assert routes.resolve("else") is None  # two sell it, and nobody said which
 
 
 def test_a_provider_is_found_by_its_name_before_its_prefix_and_its_alias() -> None:

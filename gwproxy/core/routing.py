@@ -121,10 +121,11 @@ class Routes:
         if self.passthrough is not None:
             return (self._as_it_came(self.passthrough, name),)
         if not slash:
-            owners = [
-                provider
-                for provider in self.providers.values()
-                if name == provider.model or name in self.catalogue.get(provider.prices, ())
+            # What a provider was configured for comes before what others have a price for.
+            owners = [each for each in self.providers.values() if name == each.model] or [
+                each
+                for each in self.providers.values()
+                if name in self.catalogue.get(each.prices, ())
             ]
             if len(owners) == 1:
                 return (candidate_of(owners[0], name),)

@@ -97,6 +97,11 @@ FALLBACK = {
 # Prefixes that callers write before a name and the price list does not.
 STRIP = {"google-ai-studio": ["models/"], "google-vertex-ai": ["google/"]}
 
+# The price list has one page for both of Google's shops, and Claude is sold in one of them alone:
+# with a price in the other, the bare name of a Claude model would have two owners.
+NOT_SERVED = {"google-ai-studio": ("claude-",)}
+"""By provider: how the names begin of what its page lists and it does not serve."""
+
 HUGGINGFACE = "huggingface_"
 
 _TOKEN_KEYS = ("input_mtok", "cache_read_mtok", "cache_write_mtok", "output_mtok")
@@ -117,7 +122,12 @@ def compile_table(sources: Iterable[Any], source_version: str) -> Row:
             listing["fallback"] = FALLBACK[slug]
         if slug in STRIP:
             listing["strip"] = STRIP[slug]
-        listing["models"] = _models(by_id[source_id].models)
+        served = [
+            model
+            for model in by_id[source_id].models
+            if not model.id.startswith(NOT_SERVED.get(slug, ()))
+        ]
+        listing["models"] = _models(served)
         providers[slug] = listing
     providers["custom-hf"] = {
         "models": _routed_models(
