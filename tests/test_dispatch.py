@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from gwproxy.core.chat import ChatRequest
 from tests.conftest import Front, StartGateway
 from tests.harness import (
     ADMIN_KEY,
@@ -319,6 +320,54 @@ async def test_what_another_provider_would_not_change_stays(
             assert response.headers["Content-Type"] == "application/json"
             await response.read()
     assert second.received == []
+
+
+def broken(status: str, told: str, more: bytes = b"") -> Script:
+    """An error that says less than it promises, and hangs up."""
+    answer = f"HTTP/1.1 {status}\r\n{told}\r\n\r\n".encode() + b'{"error":{"mess'
+    return sends(answer + more, then=Wire.hang_up)
+
+
+TOO_LONG = b" " * (ChatRequest.answer_bytes + 1)
+BROKEN: dict[str, tuple[Script, str, int]] = {
+    # what the first one sends: how its attempt is told, and what the caller gets
+    "401": (broken("401 Unauthorized", "Content-Length: 100"), "status_401", 502),
+    "401 in chunks": (
+        broken("401 Unauthorized", "Transfer-Encoding: chunked", b"zz\r\n"), "status_401", 502
+    ),
+    "422": (broken("422 Unprocessable", "Content-Length: 100"), "caller_error", 422),
+    "429": (broken("429 Too Many", "Content-Length: 100"), "status_429", 200),
+    "503": (broken("503 Unavailable", "Content-Length: 100"), "status_503", 200),
+    "too long": (
+        sends(b"HTTP/1.1 402 Payment Required\r\nContent-Length: 99999999\r\n\r\n" + TOO_LONG),
+        "status_402",
+        502,
+    ),
+}  # fmt: skip
+
+
+async def test_an_error_whose_body_breaks_off_is_told_by_its_status_and_costs_nothing(
+    both: Front, upstream: Upstream, second: Upstream
+) -> None:
+    await (await both.chat(both_chat(False, model="second/two"))).read()
+    plain = (await both.gateway.request_line())["cost_nanos"]
+    lines = 1
+    for stream in (False, True):
+        for case, (script, reason, status) in BROKEN.items():
+            upstream.script = script
+            response = await both.chat(both_chat(stream))
+            await response.read()
+            assert response.status == status, case
+            lines += 1
+            line = await both.gateway.request_line(least=lines)
+            assert line["attempts"][0]["reason"] == reason, case
+            paid = ("completed", plain) if status == 200 else ("failed", 0)
+            assert (line["outcome"], line["cost_nanos"]) == paid, case
+    assert len(second.received) == 1 + 4
+    app = both.gateway.app
+    assert app is not None
+    assert app._providers.of("first").breaker.failures == 2  # the 503s alone
+    await assert_nothing_left(both, upstream, second)
 
 
 async def test_when_all_fail_the_last_one_is_told(

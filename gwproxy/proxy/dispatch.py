@@ -425,16 +425,18 @@ class Sending:
                 return reply
             # A stream that ended without a word, as far as HTTP is concerned cleanly.
             reply.failure = reply.failure or TRUNCATED
+        if reply.failure is SHUTDOWN:
+            # Ours, not the provider's: no other one could do better.
+            reservation.unanswered()
+            raise Draining("This gateway is shutting down.", retry_after_s=1, close=True)
+        if reply.status and not reply.succeeded:
+            # It has said no, whether or not the words for it came whole.
+            reservation.refused()
+            return classify(reply.status, reply.headers, reply.body(), endpoint.secrets)
         if reply.failure is not None:
             reservation.unanswered()
-            if reply.failure is SHUTDOWN:
-                # Ours, not the provider's: no other one could do better.
-                raise Draining("This gateway is shutting down.", retry_after_s=1, close=True)
             return _failed(reply.failure)
         body = reply.body()
-        if not reply.succeeded:
-            reservation.refused()
-            return classify(reply.status, reply.headers, body, endpoint.secrets)
         try:
             answer = self._request.read_answer(body)
         except ValueError:
