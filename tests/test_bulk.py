@@ -7,6 +7,7 @@ import json
 import shutil
 import sqlite3
 from contextlib import closing
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gwproxy.admin import rows
-from gwproxy.admin.rows import BadRow, Columns, Cutter, Format, csv_line, neutral, restored
+from gwproxy.admin.rows import BadRow, Columns, Cutter, Format, csv_line, csv_row, neutral, restored
 from gwproxy.core.errors import InvalidRequest
 from gwproxy.core.identity import User
 from gwproxy.log import Log
@@ -479,8 +480,21 @@ def test_csv_is_read_back_as_it_was_written_however_it_is_cut(table, cuts) -> No
 def test_no_cell_begins_a_formula_and_none_is_changed_by_that(text: str) -> None:
     safe = neutral(text)
     assert not safe.startswith(("=", "+", "-", "@", "\t", "\r"))
-    if not (text[:1] == "'" and text[1:].startswith(("=", "+", "-", "@", "\t", "\r"))):
-        assert restored(safe) == text
+    assert restored(safe) == text
+
+
+@given(
+    st.text(alphabet="'=+-@\t\r1", max_size=5),
+    st.decimals(allow_nan=False, allow_infinity=False, places=9),
+)
+def test_text_comes_back_whatever_apostrophes_it_has_and_an_amount_stays_a_number(
+    text: str, amount: Decimal
+) -> None:
+    assert restored(neutral(text)) == text
+    [[name, written]] = csv.reader(
+        [csv_row(("name", "amount_usd"), (text, f"{amount:f}")).decode()]
+    )
+    assert (restored(name), written) == (text, f"{amount:f}")
 
 
 def test_a_row_without_an_end_is_refused_before_it_fills_the_memory() -> None:

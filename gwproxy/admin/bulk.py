@@ -23,7 +23,16 @@ from gwproxy.admin.ask import Route, Streams
 from gwproxy.admin.auth import AdminAuth
 from gwproxy.admin.body import UNSET, Unset
 from gwproxy.admin.query import Query, day_out
-from gwproxy.admin.rows import MEDIA_TYPES, BadRow, Columns, Cutter, Format, csv_line, text_of
+from gwproxy.admin.rows import (
+    MEDIA_TYPES,
+    BadRow,
+    Columns,
+    Cutter,
+    Format,
+    csv_line,
+    csv_row,
+    text_of,
+)
 from gwproxy.core.errors import (
     GatewayError,
     InvalidRequest,
@@ -312,7 +321,7 @@ class Bulk:
                 shown = users.shape(row) if kind == "user" else organizations.shape(row)
                 values = [getattr(shown, name) for name in columns]
                 if form is Format.CSV:
-                    part += csv_line(values)
+                    part += csv_row(columns, values)
                 else:
                     named = dict(zip(columns, values, strict=True))
                     part += orjson.dumps({"kind": kind, **named}) + b"\n"
@@ -377,7 +386,7 @@ class Bulk:
 
     def _line(self, kind: str, fields: dict[str, Any], form: Format) -> bytes:
         if form is Format.CSV:
-            return csv_line(fields[name] for name in USAGE_COLUMNS)
+            return csv_row(USAGE_COLUMNS, (fields[name] for name in USAGE_COLUMNS))
         return orjson.dumps({"kind": kind, **fields}) + b"\n"
 
 

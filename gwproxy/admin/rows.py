@@ -130,21 +130,40 @@ class Columns:
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\r")
 """What makes a spreadsheet take text for a formula (OWASP, CSV Injection)."""
 
+_AMOUNT: Final = "_usd"
+"""So the names of columns end that have numbers written as text: these are never escaped, for a
+spreadsheet has to add them up."""
+
 
 def neutral(cell: str) -> str:
-    """Text that no spreadsheet runs: it takes what follows an apostrophe for text."""
-    return f"'{cell}" if cell.startswith(_FORMULA) else cell
+    """Text that no spreadsheet runs: it takes what follows an apostrophe for text.
+
+    Text that has apostrophes before its formula gets one more, or `restored` would take its own.
+    """
+    return f"'{cell}" if cell.lstrip("'").startswith(_FORMULA) else cell
 
 
 def restored(cell: str) -> str:
     """What `neutral` had been given."""
-    return cell[1:] if cell[:1] == "'" and cell[1:].startswith(_FORMULA) else cell
+    return cell[1:] if cell[:1] == "'" and cell.lstrip("'").startswith(_FORMULA) else cell
 
 
 def csv_line(cells: Iterable[Any]) -> bytes:
     """One row, lists and objects as JSON, with the line end that RFC 4180 asks for."""
+    return _written(_cell(each) for each in cells)
+
+
+def csv_row(columns: Iterable[str], cells: Iterable[Any]) -> bytes:
+    """The same under these columns, amounts as the numbers they are."""
+    return _written(
+        each if name.endswith(_AMOUNT) else _cell(each)
+        for name, each in zip(columns, cells, strict=True)
+    )
+
+
+def _written(cells: Iterable[Any]) -> bytes:
     out = io.StringIO()
-    csv.writer(out, lineterminator="\r\n").writerow([_cell(each) for each in cells])
+    csv.writer(out, lineterminator="\r\n").writerow(cells)
     return out.getvalue().encode()
 
 

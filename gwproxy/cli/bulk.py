@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Final
 import orjson
 
 from gwproxy.admin.bulk import USAGE_COLUMNS
-from gwproxy.admin.rows import Format, csv_line
+from gwproxy.admin.rows import Format, csv_line, csv_row
 from gwproxy.cli.plane import FINE, REFUSED, WRONG_USAGE, Call, Stop, common_arguments, runs
 from gwproxy.cli.printing import print_json, say
 from gwproxy.core.money import format_usd, parse_usd
@@ -180,8 +180,8 @@ def _totals(usage: list[dict[str, Any]], total: dict[str, Any]) -> list[dict[str
 
 
 def _table(columns: tuple[str, ...], rows: Iterable[dict[str, Any]]) -> bytes:
-    lines = [csv_line(columns), *(csv_line(row[name] for name in columns) for row in rows)]
-    return b"".join(lines)
+    lines = [csv_row(columns, (row[name] for name in columns)) for row in rows]
+    return b"".join([csv_line(columns), *lines])
 
 
 # -- import --------------------------------------------------------------------------------------
