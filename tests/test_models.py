@@ -12,7 +12,7 @@ from gwproxy.core.pricing import PriceBook
 from gwproxy.core.routing import Routes, candidate_of, known
 from gwproxy.proxy.models import _names
 from tests.conftest import Front, StartGateway
-from tests.harness import ADMIN_KEY, Upstream, bearer, chat, make_key, prices
+from tests.harness import ADMIN, ADMIN_KEY, Upstream, bearer, chat, make_key, prices
 
 COMPAT = """
 [server]
@@ -256,3 +256,13 @@ async def test_a_stranger_learns_nothing(front: Front, path: str) -> None:
         assert answer.status == 401
         assert (await answer.json())["error"]["code"] == "invalid_api_key"
     assert (await front.client.post("/v1/models", headers=bearer(front.key))).status == 405
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/x", "/v1/usage", "/v1/receipts/x"])
+async def test_whoever_only_looks_does_not_hide_from_where_the_key_was_used(
+    front: Front, path: str
+) -> None:
+    await (await front.client.get(path, headers=bearer(front.key))).read()
+    shown = await front.client.get(f"/admin/api-keys/key_{front.key[8:16]}", headers=ADMIN)
+    found = await shown.json()
+    assert (found["last_used_from"], found["use_count"]) == ("127.0.0.1", 1)

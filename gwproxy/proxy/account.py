@@ -54,7 +54,9 @@ class AccountHandler:
 
     async def usage(self, request: web.BaseRequest, trace: Trace) -> web.StreamResponse:
         """How each account of the caller's stands, and the last requests of his key."""
-        principal = trace.principal = self._keyring.authenticate(request.headers, self._clock())
+        principal = trace.principal = self._keyring.authenticate(
+            request.headers, self._clock(), request.remote
+        )
         ledger = self._ledger
         organization = self._keyring.organization_of(principal)
         degraded = self._outage.lost and self._accounts.terms.serves_open(organization)
@@ -77,7 +79,9 @@ class AccountHandler:
         self, request: web.BaseRequest, trace: Trace, request_id: str
     ) -> web.StreamResponse:
         """One request of the caller's own user; NotFound for everybody else's."""
-        principal = trace.principal = self._keyring.authenticate(request.headers, self._clock())
+        principal = trace.principal = self._keyring.authenticate(
+            request.headers, self._clock(), request.remote
+        )
         found = self._ledger.find(request_id) or await self._find(request_id)
         if found is None or found.user_id != principal.user_id:
             until = self._archived()

@@ -36,7 +36,9 @@ class ModelsHandler:
         self._offers = dict(_names(routes, prices, extra))
 
     async def list(self, request: web.BaseRequest, trace: Trace) -> web.StreamResponse:
-        principal = trace.principal = self._keyring.authenticate(request.headers, self._clock())
+        principal = trace.principal = self._keyring.authenticate(
+            request.headers, self._clock(), request.remote
+        )
         offers: Iterable[tuple[str, _Offer | None]] = self._offers.items()
         if principal.allowed_models is not None:
             # A key's own list may name a model otherwise than it is listed here.
@@ -47,7 +49,9 @@ class ModelsHandler:
     async def show(
         self, request: web.BaseRequest, trace: Trace, model_id: str
     ) -> web.StreamResponse:
-        principal = trace.principal = self._keyring.authenticate(request.headers, self._clock())
+        principal = trace.principal = self._keyring.authenticate(
+            request.headers, self._clock(), request.remote
+        )
         allowed = principal.allowed_models
         offer = self._offer(model_id) if allowed is None or model_id in allowed else None
         if offer is None:
