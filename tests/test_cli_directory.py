@@ -397,7 +397,8 @@ def test_keys_that_leaked_are_found_in_any_text_and_revoked(shell, monkeypatch):
     forged += checksum(forged)
     broken = kept["api_key"][:-1] + ("0" if kept["api_key"][-1] != "0" else "1")
     log = (
-        f'x="{leaked["api_key"]}" {leaked["api_key"]}\n{rotated["api_key"]},{KEY} {forged} {broken}'
+        f'x="{leaked["api_key"]}" {leaked["api_key"]}\n{rotated["api_key"]}nbsp,{KEY} {forged} '
+        f"{broken}"
     )
     monkeypatch.setattr("sys.stdin", io.StringIO(log))
     assert shell.run("keys", "revoke", "--from-stdin", "--json") == 0
@@ -411,6 +412,20 @@ def test_keys_that_leaked_are_found_in_any_text_and_revoked(shell, monkeypatch):
     assert shell.run("keys", "revoke", "--from-stdin") == 0
     assert "no key" in shell.err
     assert shell.run("keys", "revoke") == 2
+
+
+def test_an_unknown_id_does_not_keep_the_other_keys_alive(shell):
+    shell.run("users", "create", "--id", "ann")
+    keys = []
+    for _ in range(2):
+        shell.run("keys", "create", "--user", "ann", "--json")
+        keys.append(orjson.loads(shell.out)["key_id"])
+    assert shell.run("keys", "revoke", "key_00000000", keys[0], "no id", keys[1]) == 1
+    assert shell.out.split() == [keys[0], "revoked", keys[1], "revoked"]
+    assert "'key_00000000' is not known" in shell.err and "'no id' is not known" in shell.err
+    for key_id in keys:
+        assert shell.run("keys", "show", key_id) == 1
+    assert shell.run("keys", "revoke", keys[0]) == 1
 
 
 def test_what_only_the_upstream_needs_may_be_missing(shell):

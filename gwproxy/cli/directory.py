@@ -20,6 +20,7 @@ from gwproxy.cli.plane import (
     Ask,
     Call,
     Stop,
+    Unknown,
     add_list,
     common_arguments,
     family,
@@ -29,7 +30,7 @@ from gwproxy.cli.plane import (
 )
 from gwproxy.cli.printing import print_json, say
 from gwproxy.core.errors import NotFound
-from gwproxy.core.identity import KeyKind, KeyText, digest, parse
+from gwproxy.core.identity import KeyKind, KeyText, digest, is_id, parse
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,24 +341,41 @@ async def _revoke_keys(args: argparse.Namespace, call: Call) -> int:
     if args.from_stdin == bool(args.ids):
         raise Stop(WRONG_USAGE, "Name the keys by their ids, or give --from-stdin and a text.")
     done: list[dict[str, Any]] = []
+    unknown: list[str] = []
     if args.from_stdin:
         for key, hashed in _keys_in(sys.stdin.read()):
             done.append(await _revoke_leaked(call, key, hashed))
     else:
         for key_id in args.ids:
-            await call(Ask("DELETE", await _path(call, key_id)))
-            done.append({"key_id": key_id, "result": "revoked"})
+            # The others may be the ones that leaked: an id that is mistyped does not keep them.
+            if await _revoked(call, key_id):
+                done.append({"key_id": key_id, "result": "revoked"})
+            else:
+                unknown.append(key_id)
+                say(f"{key_id[:64]!r} is not known here, or revoked before.")
     if args.json:
         print_json({"data": done})
-    elif not done:
+    elif args.from_stdin and not done:
         say("There is no key in that text.")
     else:
         for each in done:
             print(f"{each['key_id']}  {each['result']}")
-    return FINE
+    return REFUSED if unknown else FINE
 
 
-_KEY: Final = re.compile(r"gw_(?:live|test|admin)_[0-9A-Za-z]{46}(?![0-9A-Za-z])")
+async def _revoked(call: Call, key_id: str) -> bool:
+    """Revoke this key; False where there is none, or none any more."""
+    if not is_id(key_id):
+        return False
+    try:
+        await call(Ask("DELETE", await _path(call, key_id)))
+    except (Unknown, NotFound):
+        return False
+    return True
+
+
+_KEY: Final = re.compile(r"gw_(?:live|test|admin)_[0-9A-Za-z]{46}")
+"""What follows may be anything, a letter too: the checksum tells a key from a longer word."""
 
 
 def _keys_in(text: str) -> Iterator[tuple[KeyText, str]]:
@@ -378,9 +396,7 @@ async def _revoke_leaked(call: Call, key: KeyText, hashed: str) -> dict[str, Any
             user_id = (await _found(call, key.key_id, ("sha256", hashed)))["user_id"]
             await call(Ask("DELETE", ("users", user_id, "api-keys", key.key_id)))
             done["user_id"] = user_id
-    except (Stop, NotFound) as error:
-        if isinstance(error, Stop) and error.code != REFUSED:
-            raise
+    except (Unknown, NotFound):
         done["result"] = "not known here, or revoked before"
     return done
 

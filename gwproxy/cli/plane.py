@@ -86,6 +86,10 @@ class Stop(Exception):
         self.code = code
 
 
+class Unknown(Stop):
+    """A server's 404."""
+
+
 # -- what the families share ---------------------------------------------------------------------
 
 
@@ -325,7 +329,7 @@ def _understood(status: int, raw: bytes, place: str) -> dict[str, Any]:
         raise Stop(
             UNREACHABLE, f"What answers at {place} is not gwproxy (status {status})."
         ) from error
-    raise Stop(_exit_code(status), words)
+    raise (Unknown if status == 404 else Stop)(_exit_code(status), words)
 
 
 def _connection(listen: Listen, url: str | None) -> tuple[HTTPConnection, str]:
