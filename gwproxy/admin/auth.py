@@ -61,15 +61,16 @@ class AdminAuth:
     ) -> Administrator:
         """Who the admin is; InvalidApiKey (401) for others, 429 for an address that goes on.
 
-        A request without any key is no guess and is not counted.
+        A request without any key is no guess and is not counted. The right key opens even while
+        its address is refused: one that guesses shall not lock out the administrators beside it.
         """
-        address = _neighbourhood(peer)
-        self._refuse_guessers(address)
         key = presented_key(headers)
         if key is None:
             raise unauthorized(MISSING)
         found = self._found(key)
         if found is None:
+            address = _neighbourhood(peer)
+            self._refuse_guessers(address)
             self._count_failure(address)
             raise unauthorized(_WRONG)
         actor, scope = found
