@@ -5,10 +5,12 @@ import re
 import sys
 from typing import Any
 
+import jsonschema_rs
 import pytest
 
 from tests.conftest import Front, StartGateway
 from tests.harness import ADMIN, ADMIN_KEY
+from tests.plane import Plane
 
 METHODS = {"get", "post", "patch", "put", "delete"}
 
@@ -64,6 +66,30 @@ async def test_the_document_is_whole(front: Front) -> None:
     assert new["additionalProperties"] is False
     assert new["properties"]["monthly_limit_usd"]["anyOf"][0]["type"] == "string"
     assert "digest" not in str(document)
+
+
+@pytest.mark.parametrize(
+    ("amount", "may"),
+    [
+        *((each, True) for each in ("1", "10", "50", "0.5", "100.05", "0.000000001", "123456789")),
+        *((each, True) for each in ("999999999.999999999", "1000000000", "1000000000.0", 0.5, 10)),
+        *((each, False) for each in ("0", "0.0", "000", "", ".", "-1", "1e2", "1.", ".5", "1,5")),
+        *((each, False) for each in ("0.0000000001", "1000000000.1", "10000000000", 0, -1, None)),
+    ],
+)
+async def test_the_document_allows_just_the_amounts_that_a_grant_takes(
+    plane: Plane, amount: Any, may: bool
+) -> None:
+    _, document, _ = await plane.call("GET", "/admin/openapi.json")
+    schema = document["components"]["schemas"]["Grant"]["properties"]["amount_usd"]
+    assert jsonschema_rs.is_valid(schema, amount) is may
+    await plane.call("POST", "/admin/users", {"user_id": "ann"})
+    sent = {"amount_usd": amount, "reason": "x"}
+    status, answer, _ = await plane.call("POST", "/admin/users/ann/grants", sent)
+    if may:
+        assert status == 201
+    elif amount not in ("1e2", "1.", ".5"):  # these are read too, and not what is recommended
+        assert (status, answer["error"]["param"]) == (400, "amount_usd")
 
 
 def references(value: Any) -> list[str]:

@@ -33,8 +33,8 @@ async def test_a_grant_raises_what_may_be_spent_this_month(plane: Plane):
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"reason": "x"}, None),
-        ({"amount_usd": "1"}, None),
+        ({"reason": "x"}, "amount_usd"),
+        ({"amount_usd": "1"}, "reason"),
         ({"amount_usd": "0", "reason": "x"}, "amount_usd"),
         ({"amount_usd": None, "reason": "x"}, "amount_usd"),
         ({"amount_usd": "-1", "reason": "x"}, "amount_usd"),

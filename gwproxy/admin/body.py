@@ -43,7 +43,7 @@ Usd = Annotated[
         "null: no limit.",
         extra_json_schema={
             "anyOf": [
-                {"type": "string", "pattern": r"^[0-9]{1,9}(\.[0-9]{1,9})?$"},
+                {"type": "string", "pattern": r"^([0-9]{1,9}(\.[0-9]{1,9})?|10{9}(\.0{1,9})?)$"},
                 {"type": "number", "minimum": 0, "maximum": MAX_USD},
                 {"type": "null"},
             ]
@@ -59,7 +59,12 @@ SomeUsd = Annotated[
         "decimals.",
         extra_json_schema={
             "anyOf": [
-                {"type": "string", "pattern": r"^[0-9]{0,8}[1-9](\.[0-9]{1,9})?$"},
+                {
+                    "type": "string",
+                    "pattern": r"^([0-9]{1,9}(\.[0-9]{1,9})?|10{9}(\.0{1,9})?)$",
+                    # Not all of its digits are 0. A look-ahead is what not every client can read.
+                    "not": {"pattern": r"^[0.]*$"},
+                },
                 {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_USD},
             ]
         },
@@ -164,6 +169,7 @@ def query(sent: Iterable[tuple[str, str]], shape: type[S]) -> S:
 
 
 _AT = re.compile(r" - at `\$\.([A-Za-z0-9_]+)[^`]*`$")
+_MISSING = re.compile(r"missing required field `([A-Za-z0-9_]+)`")
 _UNKNOWN = re.compile(r"unknown field `([A-Za-z0-9_.-]{1,64})`")
 
 
@@ -171,6 +177,11 @@ def _field_error(words: str, shape: type[Any], what: str) -> InvalidRequest:
     if at := _AT.search(words):
         name = at[1]
         return wrong(name, _WORDS.get(name, "must be text, or null"))
+    if missing := _MISSING.search(words):
+        name = missing[1]
+        return InvalidRequest(
+            f"`{name}` is required.", param=name, code="missing_required_parameter"
+        )
     if "unknown field" in words:
         # Repeated only when it looks like a field's name, never as the free text it may be.
         unknown = _UNKNOWN.search(words)
