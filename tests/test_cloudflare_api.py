@@ -125,10 +125,37 @@ async def test_all_pages_of_a_list_are_read(api: Api, demo: DemoUpstream) -> Non
 
 
 def test_words_of_a_provider_are_shortened_and_of_one_line() -> None:
-    fault = explain(400, b'{"error":{"message":"a\\nb' + b"c" * 500 + b'"}}')
-    assert "a bc" in fault.cause
+    fault = explain(400, b'{"error":{"message":"a\\nb' + b" c" * 250 + b'"}}')
+    assert "a b c" in fault.cause
     assert "\n" not in fault.cause
     assert len(fault.cause) < 300
+
+
+@pytest.mark.parametrize("wrapped", [b"%s", b"[%s]"])
+def test_a_providers_own_refusal_is_not_laid_at_cloudflares_door(wrapped: bytes) -> None:
+    said = b'{"error":{"message":"Incorrect API key provided: sk-proj-abcdefgh1234.","code":"x"}}'
+    fault = explain(401, wrapped % said)
+    assert "the provider refused (status 401): Incorrect API key provided" in fault.cause
+    assert "keys store PROVIDER" in fault.cure
+    assert "abcdefgh" not in str(fault)
+    for status in (400, 404, 429, 503):
+        fault = explain(status, b'{"error":{"message":"no such model"}}')
+        assert "the provider refused" in fault.cause
+        assert "loudflare.com" not in str(fault)
+    assert "`model`" in explain(404, said).cure
+
+
+def test_a_gateways_own_refusal_is_told_from_a_providers() -> None:
+    ours = b'{"success":false,"result":[],"error":[{"code":2009,"message":"Unauthorized"}]}'
+    fault = explain(401, ours)
+    assert (fault.code, fault.cause) == (2009, "the gateway refused the token")
+    assert "AI Gateway Run" in fault.cure
+
+
+@pytest.mark.parametrize("status", [401, 404, 429, 500])
+@pytest.mark.parametrize("body", [b"", b"<html>", b'{"error":"no"}', b'{"error":{"message":"m"}}'])
+def test_a_provider_asked_by_itself_gets_no_word_of_cloudflare(status: int, body: bytes) -> None:
+    assert "cloudflare" not in str(explain(status, body, direct=True)).lower()
 
 
 def test_a_shown_command_survives_the_shell() -> None:

@@ -148,7 +148,8 @@ async def probe(
         return seen
     finally:
         seen.total_ms = round((now() - start) * 1000)
-    _read(seen, bytes(raw))
+    # An answer may repeat what it was asked with.
+    _read(seen, bytes(raw).replace((secret or "\0").encode(), b"..."), not target.cloudflare)
     return seen
 
 
@@ -163,25 +164,27 @@ def _keep_headers(seen: Seen, headers: Mapping[str, str]) -> None:
     seen.log_id = headers.get("cf-aig-log-id")
 
 
-def _read(seen: Seen, raw: bytes) -> None:
+def _read(seen: Seen, raw: bytes, direct: bool) -> None:
     if not 200 <= seen.status < 300:
-        seen.fault = explain(seen.status, raw)
+        seen.fault = explain(seen.status, raw, direct=direct)
         return
     if seen.content_type == "text/event-stream":
-        _read_events(seen, raw)
+        _read_events(seen, raw, direct)
     else:
         with suppress(orjson.JSONDecodeError):
-            _read_object(seen, orjson.loads(raw))
+            _read_object(seen, orjson.loads(raw), direct)
     if not seen.fields:
         seen.fault = Fault(
             seen.status,
             None,
             "the answer is no chat completion",
-            "check the address: [upstream] base_url and account_id, or the provider's own base_url",
+            "check its `base_url` in config.toml"
+            if direct
+            else "check the address: [upstream] base_url and account_id, or its base_url",
         )
 
 
-def _read_events(seen: Seen, raw: bytes) -> None:
+def _read_events(seen: Seen, raw: bytes, direct: bool) -> None:
     seen.crlf = b"\r\n" in raw
     seen.comments = sum(line.startswith(b":") for line in raw.splitlines())
     for payload, _ in SseScanner().feed(raw):
@@ -190,14 +193,14 @@ def _read_events(seen: Seen, raw: bytes) -> None:
         elif payload:
             seen.events += 1
             with suppress(orjson.JSONDecodeError):
-                _read_object(seen, orjson.loads(payload))
+                _read_object(seen, orjson.loads(payload), direct)
 
 
-def _read_object(seen: Seen, value: Any) -> None:
+def _read_object(seen: Seen, value: Any, direct: bool) -> None:
     if not isinstance(value, dict):
         return
     if "error" in value and "choices" not in value:
-        seen.fault = explain(seen.status, orjson.dumps(value))
+        seen.fault = explain(seen.status, orjson.dumps(value), direct=direct)
         return
     seen.fields = sorted({*seen.fields, *value})
     choices = value.get("choices")

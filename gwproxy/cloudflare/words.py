@@ -2,6 +2,7 @@
 the commands that show the same to whoever wants to see for himself. Pure; a token is never shown.
 """
 
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,8 +49,8 @@ _CODES: Final[Mapping[int, tuple[str, str]]] = {
         'correct `prefix` of the provider in config.toml, as in "google-ai-studio"',
     ),
     2009: (
-        "the gateway refused the token, or the provider its stored key",
-        "check the token's permission AI Gateway Run, then the key: gwproxy cloudflare keys list",
+        "the gateway refused the token",
+        f"check that it has the permission AI Gateway Run for this account, at {TOKENS_PAGE}",
     ),
     2018: (
         "the account's shared credit is limited to 200 requests a minute",
@@ -82,14 +83,20 @@ _NO_PERMISSION: Final = (
     "change), and check CLOUDFLARE_ACCOUNT_ID",
 )
 _MOST_WORDS: Final = 200
+_SECRET: Final = re.compile(r"\b(?:sk|pk|gsk|xai|AIza)[-_]?[\w*.-]{8,}|\S*\*{3}\S*|\w{32,}")
+"""What may be a key, or a part of one, in words that a provider wrote about it."""
 
 
-def explain(status: int, body: bytes) -> Fault:
-    """What an error answer means, whatever it is written in."""
+def explain(status: int, body: bytes, *, direct: bool = False) -> Fault:
+    """What an error answer means, whatever it is written in. `direct`: the provider was asked by
+    itself, and nothing of it is Cloudflare's."""
     try:
         value: Any = orjson.loads(body)
     except orjson.JSONDecodeError:
         value = None
+    words = _provider_words(value)
+    if direct or words is not None:
+        return _provider_refused(status, words or "", direct=direct)
     code, said = _said(value)
     passing = status == 429 or status >= 500
     if status == 403 and code in (10000, None) and isinstance(value, dict):
@@ -115,13 +122,37 @@ def explain(status: int, body: bytes) -> Fault:
     if status >= 500:
         cause = f"Cloudflare's side failed (status {status})"
         return Fault(status, code, cause, "try again; see https://www.cloudflarestatus.com", True)
-    words = f": {said}" if said else ""
-    cause = f"the answer was {status}{words}"
+    cause = f"the answer was {status}" + (f": {said}" if said else "")
     return Fault(status, code, cause, "run the command below and read the answer")
 
 
+def _provider_words(value: Any) -> str | None:
+    """What a provider says in its own envelope, whose error is an object; None: it is not one."""
+    if isinstance(value, list) and value:
+        value = value[0]  # as Google writes it
+    if not isinstance(value, dict) or not isinstance(error := value.get("error"), dict):
+        return None
+    return _SECRET.sub("...", _short(error.get("message")))
+
+
+def _provider_refused(status: int, words: str, *, direct: bool) -> Fault:
+    cause = f"the provider refused (status {status})" + (f": {words}" if words else "")
+    key = (
+        "its `token` and `base_url` in config.toml"
+        if direct
+        else "its stored key: gwproxy cloudflare keys list; where it is wrong, store it again: "
+        "gwproxy cloudflare keys store PROVIDER"
+    )
+    if status == 429 or status >= 500:
+        cure = "try again; look at the provider's status, and at what its account has left"
+        return Fault(status, None, cause, cure, passing=True)
+    if status in (401, 402, 403):
+        return Fault(status, None, cause, f"check {key}")
+    return Fault(status, None, cause, f"check its `model` in config.toml, then {key}")
+
+
 def _said(value: Any) -> tuple[int | None, str]:
-    """The first code and its words, in either of Cloudflare's envelopes or a provider's."""
+    """The first code and its words, in either of Cloudflare's envelopes."""
     if not isinstance(value, dict):
         return None, ""
     for name in ("errors", "error"):
@@ -129,8 +160,6 @@ def _said(value: Any) -> tuple[int | None, str]:
         if isinstance(errors, list) and errors and isinstance(errors[0], dict):
             code = errors[0].get("code")
             return (code if type(code) is int else None), _short(errors[0].get("message"))
-        if isinstance(errors, dict):
-            return None, _short(errors.get("message"))
     return None, ""
 
 
