@@ -6,6 +6,8 @@ import hashlib
 import io
 import json
 import os
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +136,7 @@ async def test_all_of_it_beside_a_running_server(
     totals = [*csv.DictReader(io.StringIO((folder / f"totals-{month}.csv").read_text()))]
     assert {row["of"] for row in totals} == {"organization", "user", "provider", "model", "all"}
     assert {row["cost_usd"] for row in totals} == {"0.000015000"}
+    assert totals[-1]["behind"] == "0" and int(totals[-1]["as_of_lsn"]) > 0
     key = front.key.encode()
     assert all(key not in path.read_bytes() for path in folder.iterdir())
 
@@ -143,3 +146,25 @@ async def test_all_of_it_beside_a_running_server(
     monkeypatch.setenv("GWPROXY_ADMIN_KEY", ADMIN_KEY[::-1])
     for argv in (("usage",), ("export", "users"), ("import", str(table))):
         assert await command.beside(*argv, *at) == 2, argv
+
+
+async def test_accounts_that_lack_something_say_so_and_fail(
+    front: Front, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GWPROXY_ADMIN_KEY", ADMIN_KEY)
+    folder = tmp_path / "bundle"
+    argv = ("export", "usage", "--output", str(folder), "--url", front.url)
+    assert (await front.chat(chat())).status == 200
+    assert await command.beside(*argv) == 0, command.err
+    with closing(sqlite3.connect(front.gateway.database, isolation_level=None)) as busy:
+        busy.execute("BEGIN IMMEDIATE")
+        assert (await front.chat(chat())).status == 200
+        assert await command.beside(*argv) == 1
+        assert "not complete" in command.err and "not in the database yet" in command.err
+        [path] = folder.glob("totals-*.csv")
+        [*_, whole] = csv.DictReader(io.StringIO(path.read_text()))
+        assert (whole["of"], whole["request_count"]) == ("all", "1")
+        assert int(whole["behind"]) > 0
+        busy.execute("ROLLBACK")
+    assert await command.beside(*argv, "--json") == 0, command.err
+    assert json.loads(command.out)["request_count"] == 2

@@ -25,7 +25,8 @@ _BAR: Final = 30
 _ADJUSTMENT_COLUMNS: Final = (
     *("month", "account", "type", "amount_usd", "created_at", "actor", "reason"),
 )
-_TOTAL_COLUMNS: Final = ("of", "id", "request_count", "cost_usd")
+_TOTAL_COLUMNS: Final = ("of", "id", "request_count", "cost_usd", "as_of_lsn", "behind")
+"""The last two of the whole alone: the last record that is in it, and how many are missing."""
 
 
 def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -143,8 +144,12 @@ async def _accounts(args: argparse.Namespace, call: Call) -> int:
     else:
         print(f"{folder}: {total['request_count']} requests, {total['cost_usd']} USD")
         say(f"Check it later with: cd {folder} && sha256sum -c SHA256SUMS")
-        if total["behind"]:
-            say(f"{total['behind']} records are not in the database yet, and not in these files.")
+    if total["behind"]:
+        say(
+            f"These files are not complete: {total['behind']} records were not in the database yet "
+            f"(it had those up to {total['as_of_lsn']}). Ask again when it has caught up."
+        )
+        return REFUSED
     return FINE
 
 
@@ -172,11 +177,13 @@ def _totals(usage: list[dict[str, Any]], total: dict[str, Any]) -> list[dict[str
             found[0] += row["request_count"]
             found[1] += parse_usd(row["cost_usd"])
     rows = [
-        {"of": of, "id": name, "request_count": count, "cost_usd": format_usd(cost)}
+        {
+            **dict.fromkeys(_TOTAL_COLUMNS),
+            **{"of": of, "id": name, "request_count": count, "cost_usd": format_usd(cost)},
+        }
         for (of, name), (count, cost) in sorted(sums.items())
     ]
-    whole = {"request_count": total["request_count"], "cost_usd": total["cost_usd"]}
-    return [*rows, {"of": "all", "id": "", **whole}]
+    return [*rows, {**total, "of": "all", "id": None}]
 
 
 def _table(columns: tuple[str, ...], rows: Iterable[dict[str, Any]]) -> bytes:
