@@ -4,6 +4,7 @@ nothing else; corrections are entries, made once, by whoever owns the ledger.
 
 import asyncio
 import csv
+import gzip
 import io
 import os
 import random
@@ -324,7 +325,7 @@ async def test_an_export_does_as_well_as_the_api(run: Shell, demo: DemoUpstream)
     assert await run("reconcile", "--file", str(export), "--json") == 1
     found = counts(run.json)
     assert found == history.expected()
-    assert await run("reconcile", "--file", "nowhere") == 1
+    assert await run("reconcile", "--file", "nowhere") == 2
     assert "No such file" in run.err
 
 
@@ -396,11 +397,31 @@ async def test_an_empty_log_says_how_to_turn_it_on(run: Shell, demo: DemoUpstrea
     [
         (("--from", "yesterday"), "2026-11-20T12:00:00Z"),
         (("--from", "2026-11-20", "--to", "2026-11-19"), "--from must be before --to"),
+        (("--from", "0001-01-01"), "--from: no log is of the year 1"),
+        (("--to", "9999-12-31"), "--to: no log is of the year 9999"),
     ],
 )
 async def test_a_span_that_is_none_is_told(run: Shell, words: tuple[str, ...], says: str) -> None:
     assert await run("reconcile", *words) == 2
     assert says in run.err
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        gzip.compress(b"{}" * 99)[:-20] + b"junk" * 9,
+        b"\x1f\x8bno gzip",
+        b"a\x00\xff\r\xfe\n\x00",
+        b'{"result": 5}',
+        b"5\n",
+    ],
+    ids=["damaged gzip", "no gzip", "binary", "no list", "a number"],
+)
+async def test_a_file_that_is_no_export_ends_with_2_and_one_line(run: Shell, data: bytes) -> None:
+    (run.folder / "export").write_bytes(data)
+    assert await run("reconcile", "--file", "export") == 2
+    assert "export" in run.err
+    assert len(run.err.splitlines()) == 1
 
 
 # -- a running server ------------------------------------------------------------------------------

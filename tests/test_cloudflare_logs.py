@@ -196,7 +196,7 @@ def test_odd_values_are_nobodys_figures(field: str, value: Any, name: str, found
     assert getattr(row, name) == found
 
 
-@pytest.mark.parametrize("value", [None, "yesterday", [], True])
+@pytest.mark.parametrize("value", [None, "yesterday", [], True, 10**30, -1])
 def test_a_row_without_a_time_is_none(value: Any) -> None:
     assert read({**rows(1)[0], "created_at": value}) is None
 
@@ -248,8 +248,14 @@ def test_an_export_is_read_whatever_it_is_written_in(
         (as_lines(rows(2)) + b"garbage\n", "line 4"),
         (b"[{]", "export"),
         (gzip.compress(as_lines(rows(2)))[:40], "export"),
+        (b"\x1f\x8b\x08" + bytes(7) + b"\xff" * 40, "damaged"),
+        (b"a\x80\rb\n\x00\n", "neither JSON nor CSV"),
+        (b'{"result": 5}', "no list of rows"),
     ],
-    ids=["empty", "other columns", "a broken line", "broken JSON", "cut in the middle"],
+    ids=[
+        *("empty", "other columns", "a broken line", "broken JSON", "cut in the middle"),
+        *("damaged gzip", "binary", "no list"),
+    ],
 )
 def test_a_file_that_is_no_export_is_told(
     tmp_path: Path, kept: Book, data: bytes, words: str

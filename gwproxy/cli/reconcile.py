@@ -97,10 +97,10 @@ def run(args: argparse.Namespace) -> int:
                 return code
             return DIFFERS if summary.unexplained else FINE
         return FINE if summary.agrees else DIFFERS
-    except (ConfigError, NoAccount) as error:
+    except (ConfigError, NoAccount, ExportRefused) as error:
         say(str(error))
         return WRONG_USAGE
-    except (DatabaseRefused, BookRefused, ExportRefused) as error:
+    except (DatabaseRefused, BookRefused) as error:
         say(str(error))
         return DIFFERS
     except _Stop as stop:
@@ -124,6 +124,8 @@ def _moment(option: str, text: str | None) -> int | None:
             f'"2026-11-20T12:00:00Z", not {text!r}.',
         ) from None  # fmt: skip
     moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    if not 2000 <= moment.year < 3000:
+        raise _Stop(WRONG_USAGE, f"{option}: no log is of the year {moment.year}.")
     return int(moment.timestamp() * 1000)
 
 

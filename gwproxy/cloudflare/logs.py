@@ -7,6 +7,7 @@ counted, and what may still get its figures is asked for once more.
 import asyncio
 import csv
 import gzip
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -31,6 +32,8 @@ _LATE_LOOK_S: Final = 0.5
 _MOST_LATE: Final = 500
 _EXPORT_ROWS: Final = 1_000
 _MOST_TOKENS: Final = 1 << 40
+_LAST_MS: Final = 253_402_300_800_000
+"""The year 10000: no later moment can be written."""
 
 Progress = Callable[[int, int], None]
 """(rows so far, rows expected)."""
@@ -209,7 +212,7 @@ def _metadata(value: Any) -> dict[str, Any]:
 
 def _milliseconds(value: Any) -> int | None:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return int(value)
+        return int(value) if 0 <= value < _LAST_MS else None
     if not isinstance(value, str):
         return None
     try:
@@ -281,7 +284,13 @@ def export(path: Path) -> Iterator[dict[str, Any]]:
             packed = stream.read(2) == b"\x1f\x8b"
         with gzip.open(path) if packed else path.open("rb") as opened:
             yield from _parsed(path, cast("IO[bytes]", opened))
-    except (OSError, EOFError) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ExportRefused(f"{path}: the gzip file is damaged or cut off: {error}") from error
+    except csv.Error as error:
+        raise ExportRefused(
+            f"{path} is neither JSON nor CSV ({error}): export the gateway's log as one of them."
+        ) from error
+    except OSError as error:
         raise ExportRefused(f"{path}: {error}") from error
 
 
@@ -302,7 +311,9 @@ def _parsed(path: Path, stream: IO[bytes]) -> Iterator[dict[str, Any]]:
         except orjson.JSONDecodeError as error:
             raise ExportRefused(f"{path}: {error}") from error
         found = value.get("result") if isinstance(value, dict) else value
-        yield from (row for row in found or () if isinstance(row, dict))
+        if not isinstance(found, list):
+            raise ExportRefused(f"{path}: there is no list of rows, bare or as `result`, in it")
+        yield from (row for row in found if isinstance(row, dict))
     else:
         names = next(csv.reader([start.decode("utf-8-sig", "replace")]), [])
         text = (line.decode(errors="replace") for line in stream)
