@@ -117,14 +117,16 @@ class Gateway(BaseTestServer):
                     return found
                 await asyncio.sleep(0.02)  # the log's thread writes ten times a second
 
-    async def request_line(self, number: int = -1, least: int = 1) -> dict[str, Any]:
-        """The log line of a chat request: the last one, once there are `least`."""
+    async def request_line(
+        self, number: int = -1, least: int = 1, route: str = "chat"
+    ) -> dict[str, Any]:
+        """The log line of a request of this route: the last one, once there are `least`."""
         async with asyncio.timeout(5):
             while True:
                 lines = await self.lines("request", 0)
-                chats = [line for line in lines if line["route"] == "chat"]
-                if len(chats) >= least:
-                    return chats[number]
+                found = [line for line in lines if line["route"] == route]
+                if len(found) >= least:
+                    return found[number]
                 await asyncio.sleep(0.02)
 
 

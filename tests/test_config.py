@@ -1237,6 +1237,24 @@ def test_check_config_exits_with_2_and_tells_every_problem(
     }
 
 
+def test_check_config_warns_of_every_candidate_without_a_price(
+    clean_environment: pytest.MonkeyPatch, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    priced = '{ provider = "own", model = "x" }, { provider = "openai", model = "gpt-4o" }'
+    chain = f'[models.auto]\nchain = ["own", {priced}]\n'
+    own = '[providers.own]\nmodel = "y"\n[providers.openai]\n'
+    price = '[prices.models."own/x"]\ninput = "1"\noutput = "1"\n'
+    file.write_text(f"{LOCAL}{own}{chain}{price}")
+    assert run_check("--config", str(file)) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "no price" in line]
+    assert told == [
+        'warning: own/y has no price and is passed over in models.auto: add [prices.models."own/y"]'
+    ]
+    assert run_check("--config", str(file), "--json") == 0
+    warnings = json.loads(capsys.readouterr().out)["warnings"]
+    assert [f"warning: {warning}" for warning in warnings] == told
+
+
 def test_check_config_shows_providers_with_servers_of_their_own(
     clean_environment: pytest.MonkeyPatch, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

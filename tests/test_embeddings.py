@@ -140,7 +140,7 @@ async def test_an_answer_in_base64_comes_as_it_was_sent(front: Front, upstream: 
         "output": 0,
         "reasoning": 0,
     }
-    [line] = [each for each in await front.gateway.lines("request") if each["route"] != "admin"][:1]
+    line = await front.gateway.request_line(route="embeddings")
     assert (line["route"], line["tokens"]["input"], line["outcome"]) == (
         "embeddings",
         7,
@@ -224,7 +224,12 @@ chain = [
     assert not upstream.received
     # Of a chain only those are asked that have the API, and by their own name for the model.
     upstream.script = answers(BASE64)
-    assert (await embed(front, model="mixed")).status == 200
+    mixed = await embed(front, model="mixed")
+    assert mixed.status == 200
+    receipt = await front.client.get(
+        f"/v1/receipts/{mixed.headers['x-request-id']}", headers=bearer(front.key)
+    )
+    assert (await receipt.json())["edits"] == ["skipped anthropic: no such API"]
     [received] = upstream.received
     assert received.head.startswith(b"POST /v1/openai/embeddings HTTP/1.1\r\n")
     assert received.json["model"] == "text-embedding-3-small"

@@ -485,6 +485,37 @@ async def test_a_key_gets_of_a_chain_what_it_may_use(pair: Pair) -> None:
     assert (await pair.ask()).status == 404
 
 
+UNPRICED = """
+[models.mixed]
+chain = [{ provider = "first", model = "new" }, "second"]
+[models.unpriced]
+chain = [{ provider = "first", model = "new" }, { provider = "second", model = "newer" }]
+"""
+
+
+async def test_who_has_no_price_is_passed_over_and_that_is_told(pair: Pair) -> None:
+    front = await pair.open(more=UNPRICED)
+    response = await pair.ask(model="mixed")
+    assert (response.status, response.headers["x-gateway-provider"]) == (200, "second")
+    assert (await pair.receipt(response))["edits"] == ["skipped first: not priced"]
+    assert (await front.gateway.request_line())["skipped"] == ["skipped first: not priced"]
+    name = "gwproxy_candidates_skipped_total"
+    assert await metric(front, name, provider="first", reason="not priced") == 1
+    refused = await pair.ask(model="unpriced")
+    assert (refused.status, (await refused.json())["error"]["code"]) == (400, "model_not_priced")
+    assert pair.counts == (0, 1)
+
+
+async def test_a_price_is_not_missed_where_he_who_has_one_is_not_to_be_asked(pair: Pair) -> None:
+    await pair.open(more=UNPRICED)
+    pair.second.script = DOWN
+    assert [(await pair.ask(model="mixed")).status for _ in range(3)] == [502] * 3
+    refused = await pair.ask(model="mixed")
+    error = (await refused.json())["error"]
+    assert (refused.status, error["code"]) == (503, "no_provider_available")
+    assert int(refused.headers["Retry-After"]) > 0
+
+
 # -- retries and the time for all of it ----------------------------------------------------------
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import orjson
 
-from gwproxy.app import terms
+from gwproxy.app import build_routes, terms
+from gwproxy.cli.prices.table import configured
 from gwproxy.config import Config, ConfigError, Model, Problem, Provider, find_config, load
 from gwproxy.core.money import format_usd
 from gwproxy.core.routing import CATALOGUE
@@ -118,7 +119,7 @@ def lines(config: Config) -> list[str]:
     ]
     width = max(len(name) for name, _ in rows)
     text = [f"{name:<{width}}  {value}" for name, value in rows]
-    text += [f"warning: {warning}" for warning in config.warnings]
+    text += [f"warning: {warning}" for warning in _warnings(config)]
     return [*text, "The configuration is fine."]
 
 
@@ -184,8 +185,22 @@ def summary(config: Config) -> dict[str, Any]:
             "max_header_bytes": limits.max_header_bytes,
             "max_connections": limits.max_connections,
         },
-        "warnings": list(config.warnings),
+        "warnings": _warnings(config),
     }
+
+
+def _warnings(config: Config) -> list[str]:
+    """What the configuration says of itself, and the candidates that nobody will ever ask."""
+    prices = configured(config)
+    routes = build_routes(config, prices)
+    unpriced = [
+        f"{candidate.provider.name}/{candidate.model} has no price and is passed over in "
+        f'models.{name}: add [prices.models."{candidate.provider.prices}/{candidate.model}"]'
+        for name in config.models
+        for candidate in routes.resolve(name) or ()
+        if prices.rate_of(candidate) is None
+    ]
+    return [*config.warnings, *unpriced]
 
 
 def _provider_line(provider: Provider, root: str) -> str:

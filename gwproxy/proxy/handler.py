@@ -5,14 +5,19 @@ authenticate, parse, quote, reserve, send, relay, settle.
 import asyncio
 import functools
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Final
 
 from aiohttp import web
 from multidict import CIMultiDictProxy
 
 from gwproxy.core.api import Api
-from gwproxy.core.errors import InsufficientQuota, InvalidRequest, ModelNotFound
+from gwproxy.core.errors import (
+    InsufficientQuota,
+    InvalidRequest,
+    ModelNotFound,
+    ModelNotPriced,
+)
 from gwproxy.core.identity import OnClientGone, Principal
 from gwproxy.core.request import ModelRequest
 from gwproxy.core.routing import Candidate, Routes, ordered
@@ -27,7 +32,14 @@ from gwproxy.proxy.reply import Reply
 from gwproxy.state.accounts import fields
 from gwproxy.state.books import Books
 from gwproxy.state.keyring import Keyring
-from gwproxy.state.providers import NOT_ALLOWED, Providers, Skip
+from gwproxy.state.providers import (
+    NO_API,
+    NOT_ALLOWED,
+    NOT_PRICED,
+    Providers,
+    Skip,
+    unavailable,
+)
 from gwproxy.state.reservation import Outcome, Quote, Reservation
 
 _JSON: Final = "Content-Type: application/json\r\n"
@@ -92,23 +104,25 @@ class ModelHandler:
             return await self._relay(request, reply, reservation, trace)
         # Leaving the block settles whatever was metered, on every way out.
 
-    def _candidates(self, name: str) -> tuple[Candidate, ...] | None:
-        """Those of the model's chain that have this API; None: there is no such model."""
+    def _candidates(self, name: str) -> tuple[Sequence[Candidate], Sequence[Candidate]] | None:
+        """Those of the model's chain that have this API, and those that do not; None: there is no
+        such model."""
         chain = self._routes.resolve(name)
-        if chain is None or self._api is Api.CHAT:
-            return chain
-        return tuple(
+        if chain is None:
+            return None
+        able = tuple(
             candidate
             for candidate in chain
             if path_of(self._api, candidate.provider.flavour, candidate.provider.prefix)
         )
+        return able, tuple(candidate for candidate in chain if candidate not in able)
 
     async def _quote(self, principal: Principal, call: ModelRequest, trace: Trace) -> Quote:
         allowed = principal.allowed_models
-        chain: Sequence[Candidate] | None = self._resolve(call.model)
-        if chain is not None and allowed is not None and call.model not in allowed:
-            chain = self._permitted(chain, allowed, trace) or None
-        if chain is None:
+        found = self._resolve(call.model)
+        if found is not None and allowed is not None and call.model not in allowed:
+            found = self._permitted(found, allowed, trace)
+        if found is None:
             # One answer for both: nobody can probe for models that he may not use.
             raise ModelNotFound(
                 "The model does not exist or this key may not use it. "
@@ -116,6 +130,7 @@ class ModelHandler:
                 param="model",
             )
         trace.model = call.model
+        chain, unable = found
         if not chain:
             raise InvalidRequest(
                 f"This model's provider has no API for {self._api} here. "
@@ -123,18 +138,40 @@ class ModelHandler:
                 param="model",
                 code="model_not_supported",
             )
+        if unable:
+            self._pass_over(unable, NO_API, trace)
         available = self._providers.available(ordered(chain, random.random()), trace)
-        return await self._books.quote(principal, call, available)
+        try:
+            quote = await self._books.quote(principal, call, available)
+        except ModelNotPriced:
+            if any(self._books.has_price(principal, candidate) for candidate in chain):
+                # Its price is not what is missing: who has one is not to be asked now.
+                raise unavailable(trace.wait_s) from None
+            raise
+        if len(quote.priced) < len(available):
+            priced = [each.candidate for each in quote.priced]
+            self._pass_over([each for each in available if each not in priced], NOT_PRICED, trace)
+        return quote
 
     def _permitted(
-        self, chain: Sequence[Candidate], allowed: Collection[str], trace: Trace
-    ) -> Sequence[Candidate]:
+        self,
+        found: tuple[Sequence[Candidate], Sequence[Candidate]],
+        allowed: Collection[str],
+        trace: Trace,
+    ) -> tuple[Sequence[Candidate], Sequence[Candidate]] | None:
         """Of a chain whose own name a key may not use, what it may use under other names."""
-        permitted = [each for each in chain if not each.names.isdisjoint(allowed)]
-        if permitted:
-            over = [each.provider.name for each in chain if each not in permitted]
-            self._providers.tell(trace, [Skip(name, NOT_ALLOWED) for name in over])
-        return permitted
+        able, unable = (
+            [one for one in part if not one.names.isdisjoint(allowed)] for part in found
+        )
+        if not able and not unable:
+            return None
+        permitted = (*able, *unable)
+        over = [one for part in found for one in part if one not in permitted]
+        self._pass_over(over, NOT_ALLOWED, trace)
+        return able, unable
+
+    def _pass_over(self, candidates: Iterable[Candidate], why: str, trace: Trace) -> None:
+        self._providers.tell(trace, [Skip(each.provider.name, why) for each in candidates])
 
     async def _relay(
         self, request: web.BaseRequest, reply: Reply, reservation: Reservation, trace: Trace

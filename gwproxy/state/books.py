@@ -135,6 +135,11 @@ class Books:
             priced.append(Priced(candidate, rate, ask, answer_factor, prompt_factor))
         return Quote(request, tuple(priced), prices.version, counted)
 
+    def has_price(self, principal: Principal, candidate: Candidate) -> bool:
+        """Whether a call of this candidate can be priced now."""
+        prices = self._prices_of(self._keyring.organization_of(principal))
+        return prices.rate_of(candidate, self.ledger.now_ms() / 1000) is not None
+
     async def _counted(self, request: ModelRequest) -> int:
         """The prompt's tokens, in slices that let the loop breathe."""
         slices = request.prompt_slices(self._count)

@@ -47,6 +47,7 @@ GAUGE: Final[Mapping[State, int]] = {
 
 OPEN, DISABLED, BUSY = "breaker open", "disabled", "requests a minute"
 NOT_ALLOWED, OVER_BUDGET = "not allowed for this key", "over budget"
+NO_API, NOT_PRICED = "no such API", "not priced"
 """Why a candidate is passed over."""
 
 
