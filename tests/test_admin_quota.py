@@ -4,6 +4,7 @@ import pytest
 
 from gwproxy.core.errors import GatewayError
 from gwproxy.core.money import Nanos
+from gwproxy.core.request import FEATURES
 from gwproxy.state.directory import Author
 from gwproxy.storage.verify import verify
 from tests.harness import ADMIN, chat
@@ -220,3 +221,31 @@ async def test_the_audit_is_filtered_paged_and_written_as_the_api_writes(plane: 
     assert "digest" not in str(everything) and made["api_key"] not in str(everything)
     for query in ("from=yesterday", "id=a%20b", "limit=0", "cursor=x", "who=me"):
         assert (await plane.call("GET", f"/admin/audit?{query}"))[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "param", "known"),
+    [
+        ("audit?noun=usr", "noun", "admin_key, api_key, import, organization, provider, user"),
+        ("audit?action=zap", "action", "create, delete, disable, enable, grant"),
+        ("export?format=xls", "format", "ndjson, csv"),
+        ("export?kind=people", "kind", "all, organization, usage, user"),
+        ("usage?group_by=week", "group_by", "day, model, org, provider, user"),
+        ("requests?outcome=lost", "outcome", "client_left, completed, cut"),
+    ],
+)
+async def test_a_word_that_is_none_of_a_few_is_refused_with_those(front, path, param, known):
+    answer = await front.client.get(f"/admin/{path}", headers=ADMIN)
+    error = (await answer.json())["error"]
+    assert (answer.status, error["param"]) == (400, param)
+    assert f"must be one of {known}" in error["message"]
+
+
+async def test_a_feature_that_there_is_not_is_refused_with_those_that_there_are(plane: Plane):
+    body = {"allowed_features": ["audio", "foo"]}
+    status, answer, _ = await plane.call("POST", "/admin/organizations", body)
+    assert (status, answer["error"]["param"]) == (400, "allowed_features")
+    assert "audio, background, cache_12h" in answer["error"]["message"]
+    body = {"allowed_features": [*FEATURES, "audio"]}
+    status, made, _ = await plane.call("POST", "/admin/organizations", body)
+    assert (status, made["allowed_features"]) == (201, [*FEATURES])

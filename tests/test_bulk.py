@@ -101,7 +101,7 @@ async def test_what_was_exported_can_be_imported_elsewhere(
         "monthly_budget_usd": None,
         "failure_mode": "open",
         "fallback_daily_limit_usd": "0",
-        "allowed_features": ["audio", "a,b"],
+        "allowed_features": ["audio", "speed"],
         "prices": {"mock/echo": {"input": "1.5", "output": "2.00"}},
         "cache": True,
         "created_at": "2020-01-01T00:00:00Z",

@@ -1,6 +1,6 @@
 """The audit: who changed what, and when, with what stood there before and after."""
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import orjson
@@ -15,6 +15,20 @@ from gwproxy.state.store import Store
 from gwproxy.storage import audit
 from gwproxy.storage.audit import Sought
 
+Action = Literal[
+    "create",
+    "update",
+    "delete",
+    "rotate",
+    "revoke",
+    "import",
+    "grant",
+    "reset",
+    "disable",
+    "enable",
+]
+Noun = Literal["user", "organization", "api_key", "admin_key", "provider", "import"]
+
 
 class AuditQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`from` and `to` are dates, both included, or times."""
@@ -22,8 +36,8 @@ class AuditQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     since: str | None = msgspec.field(default=None, name="from")
     until: str | None = msgspec.field(default=None, name="to")
     actor: str | None = None
-    action: str | None = None
-    noun: str | None = None
+    action: Action | None = None
+    noun: Noun | None = None
     id: str | None = None
     limit: PerPage = checked.PER_PAGE
     cursor: str = ""
@@ -72,8 +86,8 @@ class Audit:
             since=sent.moment("from", 0),
             until=sent.moment("to", 1 << 62),
             actor=sent.name("actor"),
-            action=sent.name("action"),
-            noun=sent.name("noun"),
+            action=query.action,
+            noun=query.noun,
             id=sent.id("id"),
         )
         before = sent.cursor(int, int)

@@ -15,6 +15,7 @@ import msgspec
 from gwproxy.core.errors import InvalidRequest
 from gwproxy.core.identity import is_id
 from gwproxy.core.money import MAX_USD, MAX_USD_PER_MTOK, Nanos, format_usd, parse_usd
+from gwproxy.core.request import FEATURES
 
 MOST_PER_PAGE: Final = 1000
 PER_PAGE: Final = 100
@@ -122,7 +123,7 @@ _WORDS: Final = {
     "status": 'must be "active" or "suspended"',
     "expires_at": 'must be a time with its zone, such as "2027-01-31T12:00:00Z", or null',
     "allowed_models": "must be a list of model names, or null for every model",
-    "allowed_features": "must be a list of names",
+    "allowed_features": f"must be a list of these: {', '.join(FEATURES)}",
     "prices": 'must be an object such as {"openai/gpt-4o":{"input":"2.50","output":"10"}}',
     "failure_mode": 'must be "open" or "closed", or null for the configured one',
     "unbounded_policy": 'must be "clamp", "strict" or "bounded"',
@@ -131,9 +132,6 @@ _WORDS: Final = {
     "cache": "must be true or false",
     "scope": 'must be "read" or "write"',
     "grace_s": "must be a whole number of seconds, from 0 to 7776000",
-    "group_by": "must be one of provider, model, user, org, day",
-    "outcome": "must be one of completed, failed, client_left, truncated, cut, void, unknown, "
-    "recovered",
     "limit": f"must be a whole number from 1 to {MOST_PER_PAGE}",
     "deleted": "must be 0 or 1",
 }
@@ -176,7 +174,7 @@ _UNKNOWN = re.compile(r"unknown field `([A-Za-z0-9_.-]{1,64})`")
 def _field_error(words: str, shape: type[Any], what: str) -> InvalidRequest:
     if at := _AT.search(words):
         name = at[1]
-        return wrong(name, _WORDS.get(name, "must be text, or null"))
+        return wrong(name, _WORDS.get(name) or _choices(shape, name) or "must be text, or null")
     if missing := _MISSING.search(words):
         name = missing[1]
         return InvalidRequest(
@@ -191,6 +189,19 @@ def _field_error(words: str, shape: type[Any], what: str) -> InvalidRequest:
         hint = f" Did you mean `{near[0]}`?" if near else ""
         return InvalidRequest(f"`{unknown[1]}` is not a {what} here.{hint}", param=unknown[1])
     return InvalidRequest("The body must be a JSON object.", code="invalid_json")
+
+
+def _choices(shape: type[Any], name: str) -> str | None:
+    """What this field may be, where its type has a few values."""
+    for field in msgspec.structs.fields(shape):
+        if field.encode_name == name:
+            found = msgspec.inspect.type_info(field.type)
+            for kind in found.types if isinstance(found, msgspec.inspect.UnionType) else [found]:
+                if isinstance(kind, msgspec.inspect.LiteralType):
+                    return f"must be one of {', '.join(map(str, kind.values))}"
+                if isinstance(kind, msgspec.inspect.EnumType):
+                    return f"must be one of {', '.join(each.value for each in kind.cls)}"
+    return None
 
 
 def wrong(field: str, words: str) -> InvalidRequest:

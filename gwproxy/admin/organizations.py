@@ -10,6 +10,7 @@ from gwproxy.admin.body import UNSET, Id, ShownTime, ShownUsd, Text, Unset, Usd,
 from gwproxy.core import identity
 from gwproxy.core.identity import FailureMode, OnClientGone, OnExhausted, Status, UnboundedPolicy
 from gwproxy.core.money import format_rate, parse_rate
+from gwproxy.core.request import Feature
 from gwproxy.state.directory import Directory
 
 
@@ -30,7 +31,7 @@ class OrganizationChange(msgspec.Struct, forbid_unknown_fields=True, kw_only=Tru
     monthly_budget_usd: Usd | Unset = UNSET
     failure_mode: FailureMode | Unset | None = UNSET
     fallback_daily_limit_usd: Usd | Unset = UNSET
-    allowed_features: list[Text] | Unset = UNSET
+    allowed_features: list[Feature] | Unset = UNSET
     prices: dict[Text, NewPrice] | Unset | None = UNSET
     unbounded_policy: UnboundedPolicy | Unset = UNSET
     on_exhausted: OnExhausted | Unset = UNSET
@@ -120,7 +121,7 @@ def fields(sent: OrganizationChange) -> dict[str, Any]:
             "fallback_daily_limit_usd", sent.fallback_daily_limit_usd
         )
     if not isinstance(sent.allowed_features, Unset):
-        found["allowed_features"] = checked.names("allowed_features", sent.allowed_features)
+        found["allowed_features"] = tuple(dict.fromkeys(sent.allowed_features))
     if not isinstance(sent.prices, Unset):
         found["prices"] = _prices(sent.prices)
     return found

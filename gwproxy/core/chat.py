@@ -15,6 +15,7 @@ from gwproxy.core.request import (
     OTHER_PRICE,
     OTHERS_STATE,
     UNBOUNDED,
+    Feature,
     ModelRequest,
     cache_options,
     count_of,
@@ -190,7 +191,7 @@ def _refuse_unpriced(body: Mapping[str, Any], allowed: frozenset[str]) -> None:
         raise unsupported("extra_body.google.cached_content", ELSEWHERE)
 
 
-def _unpriced(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _unpriced(body: Mapping[str, Any]) -> Iterator[tuple[str, Feature]]:
     """What the body asks for beyond tokens: (the field, the feature that would allow it)."""
     tier = body.get("service_tier")
     if tier is not None and not one_of(tier, FREE_TIERS):

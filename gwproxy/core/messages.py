@@ -17,6 +17,7 @@ from gwproxy.core.request import (
     OTHERS_STATE,
     UNBOUNDED,
     UNKNOWN_LENGTH,
+    Feature,
     ModelRequest,
     count_of,
     flag_of,
@@ -205,7 +206,7 @@ def _refuse_unpriced(body: Mapping[str, Any], allowed: frozenset[str]) -> None:
             raise unsupported(name, UNBOUNDED)
 
 
-def _unpriced(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _unpriced(body: Mapping[str, Any]) -> Iterator[tuple[str, Feature]]:
     """What the body asks for beyond tokens: (the field, the feature that would allow it)."""
     if body.get("mcp_servers"):
         yield "mcp_servers", "hosted_tools"

@@ -5,7 +5,7 @@ object, so that a duplicate key or an odd encoding can hide nothing.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final, Literal, get_args
 
 import msgspec
 import orjson
@@ -20,6 +20,23 @@ from gwproxy.core.tokens import scale
 
 MODEL_NAME_LIMIT = 256
 MAX_TOKENS_LIMIT = 10_000_000
+
+Feature = Literal[
+    "audio",
+    "background",
+    "cache_12h",
+    "cache_1h",
+    "context_management",
+    "fallbacks",
+    "hosted_tools",
+    "inference_geo",
+    "service_tier",
+    "speed",
+    "web_search",
+]
+"""What a request may ask for beyond tokens, and an organization can be allowed without a price."""
+
+FEATURES: Final[tuple[Feature, ...]] = get_args(Feature)
 
 FREE_TIERS = frozenset({"auto", "default", "standard_only"})
 
@@ -189,7 +206,7 @@ def lasts(holder: Mapping[str, Any]) -> bool:
     return isinstance(control, dict) and control.get("ttl") not in (None, "5m")
 
 
-def cache_options(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def cache_options(body: Mapping[str, Any]) -> Iterator[tuple[str, Feature]]:
     """What OpenAI's cache is asked for beyond its usual half hour: (the field, the feature).
 
     A comparison with an earlier response is refused: it may be another tenant's.

@@ -20,6 +20,7 @@ from gwproxy.core.request import (
     OTHERS_STATE,
     UNBOUNDED,
     UNKNOWN_LENGTH,
+    Feature,
     ModelRequest,
     cache_options,
     count_of,
@@ -216,7 +217,7 @@ def _refuse_unpriced(body: Mapping[str, Any], allowed: frozenset[str]) -> None:
             raise unsupported(name, UNBOUNDED)
 
 
-def _unpriced(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _unpriced(body: Mapping[str, Any]) -> Iterator[tuple[str, Feature]]:
     """What the body asks for beyond tokens: (the field, the feature that would allow it)."""
     for name in ("background", "background_options"):
         if body.get(name):
