@@ -28,6 +28,7 @@ from gwproxy.core.records import Rates, Reserve, Settle, Tried
 from gwproxy.demo import DemoUpstream
 from gwproxy.log import Log
 from gwproxy.state.store import Kept, opened
+from gwproxy.storage.reconcile import beside, one_run
 from tests.account import TOKEN, Shell, config_text, shell
 from tests.conftest import StartGateway
 from tests.harness import ADMIN, ADMIN_KEY
@@ -365,6 +366,58 @@ async def test_an_interrupted_run_goes_on_where_it_stopped(run: Shell, demo: Dem
     assert "where it stopped" in run.err
     assert counts(run.json) == Counter(equal=3_000)
     assert len(demo.requests) - seen < 50
+
+
+async def test_a_run_that_failed_yesterday_and_todays_are_one(
+    run: Shell, demo: DemoUpstream
+) -> None:
+    history = History(200, every=1000)
+    # The first half is older than the day that is compared when nothing is said.
+    history.start = int(time.time() * 1000) - DAY_MS - 120_000 - 20_000
+    await history.write(run.folder)
+    demo.management.logs.plant(history.log())
+    demo.management.fault({"on": "logs", "fault": "edge"})
+    assert await run("reconcile") == 1
+    shift_about(run, DAY_MS)
+    assert await run("reconcile", "--json") == 0, run.err
+    assert counts(run.json) == Counter(equal=200)
+    assert "where it stopped" in run.err
+
+
+async def test_a_run_that_failed_long_ago_is_told_and_left(run: Shell, demo: DemoUpstream) -> None:
+    history = History(10, every=1000)
+    await history.write(run.folder)
+    demo.management.fault({"on": "logs", "fault": "edge"})
+    assert await run("reconcile") == 1
+    shift_about(run, 40 * DAY_MS)
+    assert await run("reconcile", "--json") == 0, run.err
+    assert "Finish it: gwproxy reconcile --from 20" in run.err
+    span = [datetime.fromisoformat(run.json[name]) for name in ("from", "to")]
+    assert (span[1] - span[0]).total_seconds() == 86_400
+
+
+def shift_about(run: Shell, by_ms: int) -> None:
+    """As if the last run had been so much earlier."""
+    with sqlite3.connect(run.folder / "gwproxy-reconcile.db") as connection:
+        (text,) = connection.execute("SELECT value FROM about WHERE name = 'about'").fetchone()
+        about = orjson.loads(text)
+        about = {**about, "since": about["since"] - by_ms, "until": about["until"] - by_ms}
+        connection.execute(
+            "UPDATE about SET value = ? WHERE name = 'about'", (orjson.dumps(about).decode(),)
+        )
+    connection.close()
+
+
+async def test_two_runs_at_once_do_not_take_each_others_lines(
+    run: Shell, demo: DemoUpstream
+) -> None:
+    history = History(3, every=10)
+    await history.write(run.folder)
+    demo.management.logs.plant(history.log())
+    with one_run(beside(run.folder / "gwproxy.db")):
+        assert await run(*history.words()) == 1
+    assert f"under way ({os.getpid()})" in run.err
+    assert await run(*history.words()) == 0, run.err
 
 
 async def test_what_the_database_does_not_have_yet_is_not_compared(

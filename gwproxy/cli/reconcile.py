@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,14 +42,17 @@ from gwproxy.state.corrections import MOST
 from gwproxy.storage import inspect
 from gwproxy.storage.database import DatabaseRefused
 from gwproxy.storage.ledger import Mark
-from gwproxy.storage.reconcile import WHOLE, Book, BookRefused, beside, book, lines
+from gwproxy.storage.reconcile import WHOLE, Book, BookRefused, beside, book, lines, one_run
 
 FINE: Final = 0
 DIFFERS: Final = 1
 WRONG_USAGE: Final = 2
 UNREACHABLE: Final = 3
 
-_DAY: Final = timedelta(days=1)
+_DAY_MS: Final = 86_400_000
+_TAKEN_IN_MS: Final = 7 * _DAY_MS
+"""A run that failed so long before the next one's span, and no longer, is finished with it: what a
+broken week left is soon read."""
 _STAYS_AFTER_MS: Final = 3_600_000
 _LOOKS: Final = 20
 _LOOK_S: Final = 0.1
@@ -88,15 +91,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         config = load(find_config(args.config, os.environ), os.environ, catalogue=CATALOGUE)
         since, until = _moment("--from", args.since), _moment("--to", args.until)
-        with book(beside(config.storage.path)) as kept:
-            summary = asyncio.run(_compare(args, config, kept, since, until))
-        _tell(args, summary)
-        if args.apply and summary.corrections:
-            code = runs(_apply)(args)
-            if code != FINE:
-                return code
-            return DIFFERS if summary.unexplained else FINE
-        return FINE if summary.agrees else DIFFERS
+        with one_run(beside(config.storage.path)):
+            return _run(args, config, since, until)
     except (ConfigError, NoAccount, ExportRefused) as error:
         say(str(error))
         return WRONG_USAGE
@@ -110,6 +106,18 @@ def run(args: argparse.Namespace) -> int:
         say(f"{refused.fault.cause}.\ndo:   {refused.fault.cure}\nsee:  {refused.curl}")
         say("What was read so far is kept: the same command goes on from there.")
         return UNREACHABLE if refused.fault.status == 0 else DIFFERS
+
+
+def _run(args: argparse.Namespace, config: Config, since: int | None, until: int | None) -> int:
+    with book(beside(config.storage.path)) as kept:
+        summary = asyncio.run(_compare(args, config, kept, since, until))
+    _tell(args, summary)
+    if args.apply and summary.corrections:
+        code = runs(_apply)(args)
+        if code != FINE:
+            return code
+        return DIFFERS if summary.unexplained else FINE
+    return FINE if summary.agrees else DIFFERS
 
 
 def _moment(option: str, text: str | None) -> int | None:
@@ -177,7 +185,11 @@ async def _compare(
 def _span(
     kept: Book, gateway: str, since: int | None, until: int | None, now_ms: int
 ) -> tuple[int, int]:
-    """What is to be compared. A run that did not come to its end is taken up where it stopped."""
+    """What is to be compared. A run that did not come to its end is taken in, so that the days
+    since then are not left out, and neither are its own."""
+    end = min(now_ms if until is not None else now_ms - SETTLES_WITHIN_MS, until or 1 << 62)
+    begin = since if since is not None else end - _DAY_MS
+    known_until = None
     before = _json(kept.note("about"))
     if (
         before.get("gateway") == gateway
@@ -185,16 +197,20 @@ def _span(
         and since in (None, before["since"])
         and until in (None, before["until"])
     ):
-        since, until = before["since"], before["until"]
-    end = min(now_ms if until is not None else now_ms - SETTLES_WITHIN_MS, until or 1 << 62)
-    begin = since if since is not None else end - int(_DAY.total_seconds() * 1000)
+        if begin - before["until"] <= _TAKEN_IN_MS:
+            known_until = before["until"]
+            begin, end = min(begin, before["since"]), max(end, before["until"])
+        else:
+            old = f"--from {rfc3339(before['since'])} --to {rfc3339(before['until'])}"
+            say(f"An older run did not come to its end. Finish it: gwproxy reconcile {old}")
     if begin >= end:
         raise _Stop(
             WRONG_USAGE, f"Nothing is to be compared from {rfc3339(begin)} to {rfc3339(end)}: "
             "--from must be before --to.",
         )  # fmt: skip
     about = {"gateway": gateway, "since": begin, "until": end}
-    if kept.begin(orjson.dumps(about, option=orjson.OPT_SORT_KEYS).decode()):
+    words = orjson.dumps(about, option=orjson.OPT_SORT_KEYS).decode()
+    if kept.begin(words, known_until=known_until):
         say(f"Going on with {rfc3339(begin)} to {rfc3339(end)} where it stopped.")
     return begin, end
 

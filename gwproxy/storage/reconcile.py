@@ -18,6 +18,7 @@ import msgspec
 
 from gwproxy.core.reconcile import Correction, Ours, Theirs
 from gwproxy.core.records import Tried
+from gwproxy.storage import locks
 
 HOUR_MS: Final = 3_600_000
 
@@ -81,17 +82,45 @@ def beside(database: Path) -> Path:
     return database.with_name(f"{database.stem}-reconcile.db")
 
 
+@contextmanager
+def one_run(path: Path) -> Iterator[None]:
+    """While it lasts the book at `path` is this run's: another's lines would replace its own."""
+    lock_path = path.with_suffix(".lock")
+    try:
+        held = locks.take(lock_path)
+    except locks.Held as holder:
+        raise BookRefused(
+            f"Another gwproxy reconcile is under way{holder}: run it again when that has ended."
+        ) from holder
+    except OSError as error:
+        raise BookRefused(
+            f"{lock_path}: {error.strerror}. Run it as the service's user."
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(held)
+
+
 class Book:
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
 
     # -- beginning ---------------------------------------------------------------------------
 
-    def begin(self, about: str) -> bool:
+    def begin(self, about: str, *, known_until: int | None = None) -> bool:
         """Start what `about` describes; True where it had begun before, and may go on. What came to
-        its end is kept as well, where nothing can have been added to it."""
+        its end is kept as well, where nothing can have been added to it.
+
+        `known_until`: this takes in the unfinished run before it, whose lines are whole so far.
+        """
         with self._transaction():
             done = self.note("done")
+            if known_until is not None and done is None and self.note("about") not in (None, about):
+                self._connection.execute("DELETE FROM fetched WHERE since >= ?", (known_until,))
+                self._connection.execute("UPDATE fetched SET until = min(until, ?)", (known_until,))
+                self._put_note("about", about)
+                return True
             if self.note("about") == about and done in (None, WHOLE):
                 return done is None
             for table in _LINES:
