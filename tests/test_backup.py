@@ -444,6 +444,63 @@ async def test_a_rebuilding_that_does_not_last_is_not_tried_over_and_over(place,
     assert len(list(tmp_path.glob("gwproxy.db.aside-*-wal"))) == 2
 
 
+async def lose_and_wait(place: Place, writer) -> None:
+    heard = len(place.heard)
+    async with asyncio.timeout(20):
+        while len(place.heard) < heard + 2:
+            writer.tick()
+            await writer.step()
+            place.now += 1
+    assert [state for state, _ in place.heard[heard:]] == ["lost", "ok"]
+    assert writer.applied == place.live.state.lsn
+
+
+async def test_a_file_that_is_gone_again_is_rebuilt_again(place, backups, tmp_path):
+    """Nothing is set aside for it, and so nothing is to be waited for."""
+    writer = place.writer(rebuild=partial(backups.rebuild, place.database, place.journal.ledger_id))
+    some(place)
+    await catch_up(writer)
+    await backups.make(place.database)
+    for _ in range(3):
+        place.path.unlink()
+        began = place.now
+        await lose_and_wait(place, writer)
+        assert place.now - began < 30
+    assert not [file for file in tmp_path.glob("*.aside-?") if file.is_file()]
+    assert await verify(place.database) == []
+
+
+async def test_a_good_file_that_is_put_back_within_the_hour_is_taken(place, backups, tmp_path):
+    writer = place.writer(rebuild=partial(backups.rebuild, place.database, place.journal.ledger_id))
+    some(place)
+    await catch_up(writer)
+    await backups.make(place.database)
+    overwrite(place.path)
+    await lose_and_wait(place, writer)
+    good = tmp_path / "good.db"
+    await backup_to(place.database, good)
+    some(place, 1)
+    await catch_up(writer)
+
+    bad = tmp_path / "bad.db"
+    bad.write_bytes(b"\xa5" * 8192)
+    bad.rename(place.path)
+    for _ in range(60):
+        writer.tick()
+        await writer.step()
+        place.now += 1
+    assert place.heard[-1][0] == "lost"
+    assert place.path.read_bytes() == b"\xa5" * 8192, "another that is no good waits"
+
+    good.rename(place.path)
+    for _ in range(15):
+        await writer.step()
+        place.now += 1
+    assert place.heard[-1][0] == "ok"
+    assert writer.applied == place.live.state.lsn
+    assert await verify(place.database) == []
+
+
 async def test_a_damaged_backup_is_passed_over_for_the_one_before(place, backups):
     writer = place.writer(rebuild=partial(backups.rebuild, place.database, place.journal.ledger_id))
     for turn in range(2):

@@ -11,8 +11,9 @@ import pytest
 
 from gwproxy.log import Log
 from gwproxy.state.store import Kept, opened
-from gwproxy.storage.database import DatabaseRefused
-from gwproxy.storage.segments import JournalRefused
+from gwproxy.storage.database import BackupRefused, DatabaseRefused
+from gwproxy.storage.ledger import Mark
+from gwproxy.storage.segments import Gap, JournalRefused
 from gwproxy.storage.verify import findings
 from tests.office import Disk
 
@@ -120,6 +121,31 @@ async def test_without_backup_and_beginning_a_database_that_is_gone_is_refused(
     ):
         await live(tmp_path)
     assert not (tmp_path / "gwproxy.db").exists()
+
+
+async def test_why_a_lost_database_stays_lost_is_logged_once_and_told_with_the_cure(
+    tmp_path: Path,
+) -> None:
+    lines = io.StringIO()
+    log = Log(lines, "error")
+    log.start()
+    async with opened(at(tmp_path), log, below=random.Random(1).randrange, files=Disk()) as store:
+
+        async def can_follow(mark: Mark) -> None:
+            raise Gap("it does not go back so far")
+
+        store.outage.begin("the file is damaged", 0.0, 0)
+        for set_aside in (False, False, True, True):
+            with pytest.raises(BackupRefused):
+                await store._rebuild(can_follow, set_aside)
+            words = store.condition(draining=False, closed=False).database or ""
+            cure = "restart, or put a good file" if not set_aside else "does not go back so far"
+            assert cure in words
+            assert words.startswith("the file is damaged")
+        store.outage.end(1.0, 0)
+        assert store.condition(draining=False, closed=False).database is None
+    log.stop()
+    assert lines.getvalue().count("database not rebuilt") == 2
 
 
 async def test_with_a_backup_and_nothing_else_nobody_begins_anew(tmp_path: Path) -> None:

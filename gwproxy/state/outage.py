@@ -13,6 +13,8 @@ class Outage:
     lost: bool = False
     """Whether the database is."""
     cause: str = ""
+    stays: str = ""
+    """Why no good database could be put in its place, with the cure."""
     since_s: float = 0.0
     """On the monotonic clock."""
     applied: int = 0
@@ -24,11 +26,17 @@ class Outage:
 
     def begin(self, cause: str, now_s: float, applied: int) -> None:
         self.lost, self.cause, self.since_s, self.applied = True, cause, now_s, applied
+        self.stays = ""
         self.served = self.refused = 0
+
+    @property
+    def words(self) -> str:
+        """Why it is lost and, where that is known, why it stays so."""
+        return f"{self.cause}. It was not rebuilt: {self.stays}" if self.stays else self.cause
 
     def end(self, now_s: float, applied: int) -> dict[str, int | float]:
         """What it came to, for the log."""
-        self.lost, self.cause = False, ""
+        self.lost, self.cause, self.stays = False, "", ""
         return {
             "lost_s": round(now_s - self.since_s, 3),
             "replayed": applied - self.applied,

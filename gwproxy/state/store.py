@@ -354,7 +354,7 @@ class Store:
 
     def condition(self, *, draining: bool, closed: bool) -> Condition:
         """How all of it stands. `closed`: as configured for organizations that do not say."""
-        database = self.outage.cause if self.outage.lost else None
+        database = self.outage.words if self.outage.lost else None
         return Condition(draining, self.journal.lost, database, closed)
 
     def last_backup_at(self) -> float | None:
@@ -417,14 +417,20 @@ class Store:
                 with contextlib.suppress(StorageUnavailable):
                     self.ledger.pay()
 
-    async def _rebuild(self, can_follow: CanFollow) -> None:
+    async def _rebuild(self, can_follow: CanFollow, set_aside: bool) -> str:
         """Put a good database in the place of one that is lost; BackupRefused."""
         try:
-            source = await self._backups.rebuild(self.database, self.journal.ledger_id, can_follow)
+            source = await self._backups.rebuild(
+                self.database, self.journal.ledger_id, can_follow, set_aside
+            )
         except BackupRefused as error:
-            self._log.event("error", "database not rebuilt", cause=str(error))
+            if self.outage.stays != str(error):  # it is tried again and again
+                self.outage.stays = str(error)
+                self._log.event("error", "database not rebuilt", cause=str(error))
             raise
+        self.outage.stays = ""
         self._log.event("warning", "database rebuilt", source=source)
+        return source
 
     def _database_changed(self, state: Storage, cause: str) -> None:
         now_s, applied = time.monotonic(), self.writer.applied

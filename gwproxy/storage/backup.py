@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-from gwproxy.storage.database import BackupRefused, Database, packaged
+from gwproxy.storage.database import SWAPPED, BackupRefused, Database, packaged
 from gwproxy.storage.files import OS_FILES
-from gwproxy.storage.ledger import Mark, Mismatch, mark_of
+from gwproxy.storage.ledger import PUT_BACK, Mark, Mismatch, mark_of
 from gwproxy.storage.segments import Gap
 from gwproxy.storage.verify import unbalanced
 
@@ -232,8 +232,29 @@ class Backups:
         newest = self.newest()
         return 0 if newest is None else min(applied_lsn, newest[1].lsn)
 
-    async def rebuild(self, database: Database, ledger_id: str, can_follow: CanFollow) -> str:
-        """Put what `chosen` finds in the place of a database that is lost; what it was."""
+    async def rebuild(
+        self,
+        database: Database,
+        ledger_id: str,
+        can_follow: CanFollow,
+        set_aside: bool = True,
+    ) -> str:
+        """Put what `chosen` finds in the place of a database that is lost; what it was.
+
+        A good file that somebody has put there goes before all backups. Without `set_aside` a
+        file that is no good stays where it is. BackupRefused.
+        """
+        if database.fault() == SWAPPED:
+            with suppress(BackupRefused, Gap, Mismatch):
+                await can_follow(await asyncio.to_thread(checked, database.path))
+                # A copy, for the log that stands beside it may be that of the file before it.
+                await database.replace(partial(_place, partial(_copy, database.path)))
+                return PUT_BACK
+        if not set_aside:
+            raise BackupRefused(
+                f"{database.path}: a damaged file was set aside less than an hour ago. Check the "
+                "disk; then restart, or put a good file in its place"
+            )
         source, place = await self.chosen(ledger_id, can_follow)
         await database.replace(place)
         return source

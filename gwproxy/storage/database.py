@@ -77,6 +77,10 @@ class Migration:
     sql: str
 
 
+GONE: Final = "the file is gone"
+SWAPPED: Final = "another file stands in its place"
+
+
 class DatabaseRefused(Exception):
     """The database cannot be opened as it is. The message names the file and what to do."""
 
@@ -381,11 +385,11 @@ class Database:
         try:
             found = _Identity.of(self.path)
         except FileNotFoundError:
-            return "the file is gone"
+            return GONE
         except OSError as error:
             return f"the file cannot be looked at ({error.strerror})"
         if not found.same_file(expected):
-            return "another file stands in its place"
+            return SWAPPED
         # Asked on the loop while a checkpoint may begin or end in its thread.
         ours = self._writes_itself or self._identity is not expected
         return None if found == expected or ours else "somebody else has written to the file"

@@ -50,6 +50,7 @@ from gwproxy.core.records import (
 )
 from gwproxy.storage import audit, imports
 from gwproxy.storage.database import (
+    GONE,
     BackupRefused,
     DatabaseDamaged,
     FileChanged,
@@ -86,10 +87,17 @@ REBUILD_AFTER_S: Final = 3.0
 """A file that was moved may be put back, and a disk mounted again, which is better than a copy."""
 
 REBUILD_AGAIN_S: Final = 10.0
-"""After a rebuilding that was not possible: to look at each backup takes its time."""
+"""After a rebuilding, and one that was not possible: to look at each backup takes its time."""
 
 REBUILD_EVERY_S: Final = 3600.0
-"""On a disk that damages one file after another each rebuilding would leave a file set aside."""
+"""On a disk that damages one file after another each rebuilding would leave a file set aside. Where
+none stands there, or a good one was put there, nothing is set aside as damaged and none waits."""
+
+PUT_BACK: Final = "the file that was put there"
+"""What a rebuilding took, where that was no backup."""
+
+Rebuild = Callable[[Callable[["Mark"], Awaitable[object]], bool], Awaitable[str]]
+"""Puts a good file in the place of one that is lost, and says from what: see `Backups.rebuild`."""
 
 REST_S: Final = 0.05
 """After a commit, unless it was a full one. The first record after a silence is committed at once;
@@ -635,12 +643,13 @@ class Writer:
         breathe: Callable[[], Awaitable[None]],
         now: Callable[[], float],
         on_change: Callable[[Storage, str], None],
-        rebuild: Callable[[Callable[[Mark], Awaitable[object]]], Awaitable[object]] | None = None,
+        rebuild: Rebuild | None = None,
     ) -> None:
         """`synced` returns when the journal is on the disk up to an LSN; `breathe` lets others run;
         `now` is monotonic, in seconds. `on_change` hears each change of `state`, with its cause.
         `rebuild` puts a backup in the place of a file that is lost, after asking whether the
-        journal can go on from the backup's mark; BackupRefused."""
+        journal can go on from the backup's mark; with False, only where nothing has to be set aside
+        for it but a good file. BackupRefused."""
         self.state = Storage.OK
         self.failure: BaseException | None = None
         """What ended the last batch, if it failed, for the log."""
@@ -656,6 +665,7 @@ class Writer:
         self._on_change = on_change
         self._rebuild = rebuild
         self._rebuild_after = now()
+        self._set_aside_after = now()
         self._place: _Place | None = None
         self._fault: _Fault | None = None
         self._failures = 0
@@ -692,11 +702,7 @@ class Writer:
         fault = self._fault
         if fault is not None:
             if fault.replace and self._rebuild is not None and self._now() >= self._rebuild_after:
-                try:
-                    await self._rebuild(self._find)
-                    self._rebuild_after = self._now() + REBUILD_EVERY_S
-                except BackupRefused:  # it goes on with what there is
-                    self._rebuild_after = self._now() + REBUILD_AGAIN_S
+                await self._replace(self._rebuild)
             await self._database.reopen(check=fault.damaged)
         mark = await read_mark(self._database)
         cursor = await self._find(mark)
@@ -704,6 +710,14 @@ class Writer:
         self._tell()
         state = await load_state(self._database, breathe=self._breathe)
         return _Place(state, cursor, loaded_since(state.t))
+
+    async def _replace(self, rebuild: Rebuild) -> None:
+        gone = self._database.fault() == GONE
+        with suppress(BackupRefused):  # it goes on with what there is
+            source = await rebuild(self._find, gone or self._now() >= self._set_aside_after)
+            if not gone and source != PUT_BACK:
+                self._set_aside_after = self._now() + REBUILD_EVERY_S
+        self._rebuild_after = self._now() + REBUILD_AGAIN_S
 
     async def _find(self, mark: Mark) -> Cursor:
         """The place in the journal just after the record of `mark`; Mismatch or Gap."""

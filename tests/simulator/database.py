@@ -270,9 +270,12 @@ class PlayedBackups:
         database: PlayedDatabase,
         ledger_id: str,
         can_follow: Callable[[Mark], Awaitable[object]],
+        set_aside: bool = True,
     ) -> str:
         """The newest backup that the journal can go on from takes the file's place, or nothing at
         all where the journal has everything."""
+        if not set_aside:
+            raise BackupRefused("a damaged file was set aside less than an hour ago")
         for image in (*reversed(self._file.backups), beginning(ledger_id)):
             try:
                 await can_follow(mark_in(image))
