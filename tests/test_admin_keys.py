@@ -168,5 +168,16 @@ async def test_how_a_key_was_used_is_shown_at_once_and_survives_a_restart(plane:
     assert (again.count, again.address) == (2, "192.0.2.2")
 
 
+async def test_a_key_ends_with_its_user(plane: Plane):
+    made = await make_key(plane)
+    path = f"/admin/api-keys/{made['key_id']}"
+    assert (await plane.call("GET", path))[1]["revoked_at"] is None
+    plane.seconds[0] = 60
+    assert (await plane.call("DELETE", "/admin/users/ann"))[0] == 204
+    assert (await plane.call("GET", path))[0] == 404
+    status, shown, _ = await plane.call("GET", f"{path}?deleted=1")
+    assert (status, shown["revoked_at"]) == (200, "2027-01-15T08:01:00Z")
+
+
 def bearer(key: str) -> CIMultiDict[str]:
     return CIMultiDict({"Authorization": f"Bearer {key}"})

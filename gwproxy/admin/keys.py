@@ -103,7 +103,7 @@ class Keys:
     async def find(self, ask: Ask, key_id: str, query: FoundQuery) -> Answer:
         """A key by its id alone, and where a hash is sent only if it is one of its secrets'."""
         row = self._directory.keyring.key(key_id)
-        if row is None or (row.revoked_at is not None and not query.deleted):
+        if row is None or (self._ended_at(row) is not None and not query.deleted):
             raise NotFound("There is no key with this id.")
         digests = [row.digest, *(old.digest for old in row.previous)]
         if query.sha256 is not None and query.sha256 not in [each.hex() for each in digests]:
@@ -144,8 +144,15 @@ class Keys:
             "last_used_at": checked.time_out(use.at or None),
             "last_used_from": use.address,
             "use_count": use.count,
-            "revoked_at": checked.time_out(row.revoked_at),
+            "revoked_at": checked.time_out(self._ended_at(row)),
         }
+
+    def _ended_at(self, row: identity.ApiKey) -> int | None:
+        """When it was revoked, by itself or with its user or his organization."""
+        user = self._directory.user(row.user_id, deleted=True)
+        organization = self._directory.organization(user.org_id, deleted=True)
+        ends = (row.revoked_at, user.deleted_at, organization.deleted_at)
+        return min((end for end in ends if end is not None), default=None)
 
 
 def _fields(sent: KeyChange) -> dict[str, Any]:
