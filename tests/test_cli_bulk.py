@@ -168,3 +168,41 @@ async def test_accounts_that_lack_something_say_so_and_fail(
         busy.execute("ROLLBACK")
     assert await command.beside(*argv, "--json") == 0, command.err
     assert json.loads(command.out)["request_count"] == 2
+
+
+def test_a_table_of_the_other_kind_is_known_by_its_columns(
+    command: Command, tmp_path: Path
+) -> None:
+    table = tmp_path / "orgs.csv"
+    table.write_text("org_id,name\nacme,Acme\n")
+    assert command("import", str(table)) == 2
+    assert "gwproxy import --kind orgs" in command.err
+    assert command("import", str(table), "--kind", "orgs") == 0
+    table.write_text("org_id,status\nacme,active\n")
+    assert command("import", str(table)) == 2
+    assert "gwproxy import --kind orgs" in command.err
+    table.write_text(ROWS)
+    assert command("import", str(table), "--kind", "orgs") == 2
+    assert "gwproxy import --kind users" in command.err
+    table.write_text("what,ever\n1,2\n")
+    assert command("import", str(table)) == 2
+    assert "--kind" not in command.err
+
+
+async def test_an_import_whose_answer_is_lost_says_that_it_may_be_sent_again(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GWPROXY_ADMIN_KEY", ADMIN_KEY)
+    table = tmp_path / "people.csv"
+    table.write_text(ROWS)
+
+    async def die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"0\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(die, "127.0.0.1") as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        assert await command.beside("import", str(table), "--url", url) == 3
+    assert "safe to send it again" in command.err
+    assert await command.beside("import", str(table), "--url", url) == 3
+    assert "No server answers" in command.err and "again" not in command.err

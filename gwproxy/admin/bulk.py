@@ -188,16 +188,17 @@ class Reader:
         if self._form is Format.CSV and self._columns is None:
             try:
                 header = text_of(raw)
-                self._columns = Columns(header, _COLUMNS[self._kind])
+                self._columns = _columns_of(header, self._kind)
             except BadRow as error:
                 raise InvalidRequest(f"The header: {error}") from error
-            key = "org_id" if self._kind == "organization" else "user_id"
-            if key not in self._columns.names and (
-                self._kind == "organization" or "email" not in self._columns.names
-            ):
+            except InvalidRequest as error:
+                if not _fits(header, other := _OTHER[self._kind]):
+                    raise
                 raise InvalidRequest(
-                    f"There is no column `{key}`, to find a row again by.", param=key
-                )
+                    f"{error.message} This is a table of {other}s: import it with kind={other} "
+                    f"(`gwproxy import --kind {_WORD[other]}`).",
+                    param="kind",
+                ) from error
             return
         if len(self._outcome.lines) == MOST_ROWS:
             raise RequestTooLarge(f"There are more than {MOST_ROWS} rows.", close=True)
@@ -227,6 +228,26 @@ class Reader:
                 checked.identifier("org_id", row.org_id), organizations.fields(row), _moment(row)
             )
         return Line(number, result, kind, name)
+
+
+_OTHER: Final[Mapping[Kind, Kind]] = {"user": "organization", "organization": "user"}
+_WORD: Final[Mapping[Kind, str]] = {"user": "users", "organization": "orgs"}
+
+
+def _columns_of(header: str, kind: Kind) -> Columns:
+    columns = Columns(header, _COLUMNS[kind])
+    key = "org_id" if kind == "organization" else "user_id"
+    if key not in columns.names and (kind == "organization" or "email" not in columns.names):
+        raise InvalidRequest(f"There is no column `{key}`, to find a row again by.", param=key)
+    return columns
+
+
+def _fits(header: str, kind: Kind) -> bool:
+    try:
+        _columns_of(header, kind)
+    except InvalidRequest:
+        return False
+    return True
 
 
 def _moment(row: UserRow | OrganizationRow) -> int | None:

@@ -259,14 +259,22 @@ class _Server:
         with closing(connection):
             try:
                 connection.connect()
+            except (OSError, HTTPException) as error:
+                raise Stop(UNREACHABLE, f"No server answers at {place}: {error}.") from error
+            try:
                 with suppress(BrokenPipeError, ConnectionResetError):
                     # Refused before its end: the answer says why.
                     await self._upload(connection, target, form, data())
                 connection.sock.settimeout(_IMPORT_S)
                 answer = connection.getresponse()
+                raw = answer.read(_LONGEST_ANSWER_BYTES)
             except (OSError, HTTPException) as error:
-                raise Stop(UNREACHABLE, f"No server answers at {place}: {error}.") from error
-            raw = _rest(answer, place)
+                raise Stop(
+                    UNREACHABLE,
+                    f"{place} broke off before it answered: {error}. All of the file was imported, "
+                    "or nothing; it is safe to send it again, for what is there already stays as "
+                    "it is.",
+                ) from error
             # A report of what is wrong in which row is an answer, not an error.
             return _understood(200 if b'"rows":[' in raw else answer.status, raw, place)
 
