@@ -567,3 +567,8 @@ async def test_all_attempts_together_have_one_deadline(pair: Pair, stream: bool)
     reasons = [each["reason"] for each in line["attempts"]]
     assert reasons == (["first_byte_timeout"] if stream else []) + ["total_timeout"]
     assert line["duration_ms"] < 2000
+    app = front.gateway.app
+    assert app is not None
+    # Who had all of the time has failed; who had the rest of it has not.
+    failures = [app._providers.of(name).breaker.failures for name in ("first", "second")]
+    assert failures == [1, 0]

@@ -118,6 +118,49 @@ async def test_an_upstream_that_falls_silent_before_a_word_is_given_up(
     await assert_timed_out(front, upstream, True, "idle_timeout")
 
 
+async def comments_alone(wire: Wire, received: Received) -> None:
+    """Alive, and without a word, until the gateway hangs up."""
+    await wire.start()
+    async with asyncio.TaskGroup() as group:
+        gone = group.create_task(until_hung_up(wire))
+        while not gone.done():
+            await wire.chunk(COMMENT)
+            await asyncio.wait((gone,), timeout=0.02)
+
+
+async def test_a_stream_of_comments_alone_is_given_up_in_the_end(
+    start_gateway: StartGateway, upstream: Upstream
+) -> None:
+    front = await start_gateway(
+        GWPROXY__UPSTREAM__ANSWER_TIMEOUT_S="0.3", GWPROXY__UPSTREAM__IDLE_TIMEOUT_S="0.2"
+    )
+    upstream.script = comments_alone
+    await assert_timed_out(front, upstream, True, "answer_timeout")
+    app = front.gateway.app
+    assert app is not None
+    assert [each.breaker.failures for each in app._providers.all()] == [1]
+
+
+async def test_a_stream_that_has_begun_may_take_longer_than_an_answer(
+    start_gateway: StartGateway, upstream: Upstream
+) -> None:
+    front = await start_gateway(GWPROXY__UPSTREAM__ANSWER_TIMEOUT_S="0.1")
+    later = asyncio.Event()
+
+    async def script(wire: Wire, received: Received) -> None:
+        await wire.start()
+        await wire.chunk(HELLO)
+        await later.wait()
+        await wire.chunk(delta(finish="stop") + DONE)
+        await wire.end()
+
+    upstream.script = script
+    response = await front.chat(chat(True))
+    tick(front, 1)
+    later.set()
+    assert await response.read() == HELLO + delta(finish="stop") + DONE
+
+
 async def test_an_answer_in_one_piece_has_a_time_of_its_own(
     start_gateway: StartGateway, upstream: Upstream
 ) -> None:

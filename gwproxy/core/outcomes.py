@@ -219,7 +219,7 @@ FAILURES: Final[Mapping[str, tuple[str, Outcome]]] = {
         _failure("provider_timeout", "first_byte_timeout"),
     ),
     "answer_timeout": (
-        "an answer in one piece not within `answer_timeout_s`",
+        "an answer in one piece, or a stream's first words, not within `answer_timeout_s`",
         _failure("provider_timeout", "answer_timeout"),
     ),
     "idle_timeout": (
@@ -239,6 +239,11 @@ FAILURES: Final[Mapping[str, tuple[str, Outcome]]] = {
     ),
 }
 """What can go wrong below HTTP, by the reason that the connection gives."""
+
+ALL_OF_THE_TIME: Final = Outcome(
+    _M.UPSTREAM_FAILURE, "provider_timeout", "total_timeout", falls_back=False
+)
+"""Of the first attempt, before which nobody has used any of it."""
 
 ERROR_WORDS: Final[Mapping[str, int]] = {
     "invalid_request_error": 400,
@@ -280,6 +285,7 @@ def rows() -> Iterator[tuple[str, Outcome]]:
     yield "a stream's first event is an error that says no more (else as its status)", STATUSES[502]
     for words, outcome in FAILURES.values():
         yield words, outcome
+    yield "`total_timeout_s` is over in the first attempt", ALL_OF_THE_TIME
 
 
 # -- asking the same provider again ----------------------------------------------------------------

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from gwproxy.core.api import Api
 from gwproxy.core.errors import Draining, GatewayError
 from gwproxy.core.identity import Principal
-from gwproxy.core.outcomes import FAILURES, NO_COMPLETION, Meaning, pause_s
+from gwproxy.core.outcomes import ALL_OF_THE_TIME, FAILURES, NO_COMPLETION, Meaning, pause_s
 from gwproxy.core.request import ModelRequest
 from gwproxy.core.trace import Attempt, Trace
 from gwproxy.core.upstream_words import (
@@ -32,7 +32,16 @@ from gwproxy.core.upstream_words import (
 from gwproxy.log import Log
 from gwproxy.metrics import Metrics
 from gwproxy.proxy.reply import Patience, Reply
-from gwproxy.proxy.upstream import SHUTDOWN, TRUNCATED, Connection, Failure, Origin, Pool, Upstream
+from gwproxy.proxy.upstream import (
+    SHUTDOWN,
+    TOTAL_TIMEOUT,
+    TRUNCATED,
+    Connection,
+    Failure,
+    Origin,
+    Pool,
+    Upstream,
+)
 from gwproxy.state.providers import BUSY, OVER_BUDGET, Entry, Providers, Skip, unavailable
 from gwproxy.state.reservation import Outcome, Planned, Priced, Reservation
 
@@ -435,6 +444,10 @@ class Sending:
             return classify(reply.status, reply.headers, reply.body(), endpoint.secrets)
         if reply.failure is not None:
             reservation.unanswered()
+            trace, total_s = self._trace, self._dispatch.patience.total_s
+            waited = reply.sent_at - trace.started  # a body may come slowly, too
+            if reply.failure is TOTAL_TIMEOUT and len(trace.attempts) == 1 and 2 * waited < total_s:
+                return Verdict(ALL_OF_THE_TIME, 502)
             return _failed(reply.failure)
         body = reply.body()
         try:

@@ -162,6 +162,10 @@ class Reply:
                 self.connection.fail(FIRST_BYTE_TIMEOUT)
         elif now - self.last_byte_at > patience.idle_s:
             self.connection.fail(IDLE_TIMEOUT)
+        elif now - self.sent_at > patience.answer_s and not self.decided.done():
+            # Comments alone keep a connection up for ever: a thought may take as long as a whole
+            # answer, and then somebody else is asked.
+            self.connection.fail(ANSWER_TIMEOUT)
 
     def _decide(self) -> None:
         if not self.decided.done():
