@@ -1,6 +1,7 @@
 """`gwproxy simulate`: what other limits, prices and chains would have made of calls."""
 
 from collections.abc import AsyncIterator
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -70,10 +71,19 @@ def test_what_has_no_price_is_taken_as_it_was_charged() -> None:
 def test_one_in_so_many_goes_on_to_the_next_of_the_chain() -> None:
     chain = [("a", "1"), ("a", "2"), ("a", "3")]
     calls = [call(0)] * 400
-    outcome = simulate(calls, Scenario(chain=chain, failover=20), same)
+    outcome = simulate(calls, Scenario(chain=chain, failover=Fraction(1, 20)), same)
     assert {model: one.calls for (_, model), one in outcome.served.items()} == {
         "1": 380, "2": 19, "3": 1,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("percent", [0, 1, 7, 33, 40, 50, 66, 99, 100])
+def test_so_many_of_a_hundred_calls_fail_over_as_was_asked_for(percent: int) -> None:
+    scenario = Scenario(chain=[("a", "1"), ("a", "2")], failover=Fraction(percent, 100))
+    outcome = simulate([call(0)] * 300, scenario, same)
+    found = {model: one.calls for (_, model), one in outcome.served.items()}
+    assert found.get("2", 0) == 3 * percent
+    assert found.get("1", 0) == 300 - 3 * percent
 
 
 def test_the_example_is_the_plans() -> None:
@@ -178,7 +188,9 @@ async def test_a_file_of_usage(run: Shell, name: str, text: str) -> None:
         (("--limit", "alice"), "user:alice=5"),
         (("--limit", "user=-1"), "user:alice=5"),
         (("--price", "gpt=1"), "openai/gpt-4o-mini=0.2,0.8"),
-        (("--failover", "99"), "from 0 to 50"),
+        (("--failover", "101"), "from 0 to 100"),
+        (("--month", "2026-11", "--failover", "5"), "--chain"),
+        (("--month", "2026-13"), '"2026-11"'),
         (("--chain", "nobody/x"), "no model here"),
         (("--month", "November"), '"2026-11"'),
         (("--file", "nowhere.csv"), "No such file"),
@@ -188,3 +200,39 @@ async def test_a_file_of_usage(run: Shell, name: str, text: str) -> None:
 async def test_what_cannot_be_used_is_told(run: Shell, words: tuple[str, ...], says: str) -> None:
     assert await run("simulate", *words) == 2
     assert says in run.err
+
+
+async def test_what_changes_nothing_is_told(run: Shell) -> None:
+    assert await run(
+        "simulate", "--limit", "user:nosuch=1", "--limit", "user:user_1=5", "--limit", "org=100",
+        "--price", "openai/nosuch=1,2", "--price", "openai/gpt-4o-mini=1,2",
+    ) == 0  # fmt: skip
+    assert run.err.splitlines() == [
+        "--limit user:nosuch: no call is of this account, so it changes nothing.",
+        "--price openai/nosuch: no call is of this model, so it changes nothing.",
+    ]
+
+
+async def test_a_month_without_calls_is_told(run: Shell) -> None:
+    await History(1, every=1000).write(run.folder)
+    assert await run("simulate", "--month", "2019-01") == 0
+    assert "no settled call" in run.err
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "usage.csv",
+            "user_id,model,request_count,input_tokens,output_tokens\nann,openai/gpt-4o-mini,9,9,9\n",
+        ),
+        (
+            "usage.jsonl",
+            '{"model":"openai/gpt-4o-mini","request_count":9,"input_tokens":9,"output_tokens":9}\n',
+        ),
+    ],
+)
+async def test_sums_are_not_taken_for_single_calls(run: Shell, name: str, text: str) -> None:
+    (run.folder / name).write_text(text)
+    assert await run("simulate", "--file", name) == 2
+    assert "a sum of many requests" in run.err

@@ -6,6 +6,7 @@ import csv
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +17,7 @@ from gwproxy.app import build_routes
 from gwproxy.cli.printing import print_json, say, table
 from gwproxy.config import Config, ConfigError, find_config, load
 from gwproxy.core.money import format_rate, format_usd, parse_rate, parse_usd
-from gwproxy.core.period import end_ms, rfc3339
+from gwproxy.core.period import rfc3339, start_ms
 from gwproxy.core.pricing import PriceBook
 from gwproxy.core.routing import CATALOGUE, Routes
 from gwproxy.core.simulate import Call, Outcome, Price, Scenario, example, simulate
@@ -28,8 +29,8 @@ FINE: Final = 0
 FAILED: Final = 1
 WRONG_USAGE: Final = 2
 
-_EXAMPLE_FAILOVER: Final = 20
-"""One call in twenty: the five per cent that a team should reckon with."""
+_EXAMPLE_FAILOVER: Final = Fraction(1, 20)
+"""The five per cent that a team should reckon with."""
 
 
 _MOST: Final = 10
@@ -78,9 +79,15 @@ def run(args: argparse.Namespace) -> int:
         scenario = Scenario(
             _limits(args.limit),
             _chain(routes, args.chain or ("auto" if of_example else "")),
-            _failover(args.failover, _EXAMPLE_FAILOVER if of_example else 0),
+            _failover(args.failover, _EXAMPLE_FAILOVER if of_example else Fraction(0)),
         )
-        price = _price(routes, book)
+        if args.failover is not None and scenario.failover and len(scenario.chain) < 2:
+            raise _Wrong(
+                "--failover: there is nothing to go on to. Name two models or more: "
+                "--chain gemini/gemini-2.5-flash,openai/gpt-4o-mini"
+            )
+        asked: set[str] = set()
+        price = _price(routes, book, asked)
         outcome = _run(args, config, scenario, price)
     except (ConfigError, _Wrong) as error:
         say(str(error))
@@ -89,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
         say(str(error))
         return FAILED
     _tell(args, outcome, charged=args.month is not None)
+    for words in _without_effect(args, scenario, outcome, book, asked):
+        say(words)
     return FINE
 
 
@@ -100,7 +109,7 @@ def _run(args: argparse.Namespace, config: Config, scenario: Scenario, price: Pr
         start = int(datetime(today.year, today.month, 1, tzinfo=UTC).timestamp()) * 1000
         return simulate(example(start, scenario.chain), scenario, price)
     try:
-        end_ms(args.month)
+        start_ms(args.month)
     except ValueError:
         raise _Wrong(f'--month: write a month such as "2026-11", not {args.month!r}.') from None
     with inspect.tables(config.storage.path) as tables:
@@ -149,6 +158,11 @@ def _of_file(path: Path) -> Iterator[Call]:
 
 
 def _call(row: Mapping[str, Any], number: int) -> Call:
+    if "request_count" in row:
+        raise _Wrong(
+            f"row {number} is a sum of many requests (it has a request_count): limits and prices "
+            "are of single ones. Use --month, or a file with a row for each request."
+        )
     provider, slash, model = str(row["model"]).partition("/")
     if not slash:
         provider, model = str(row["provider"]), provider
@@ -228,27 +242,55 @@ def _chain(routes: Routes, written: str) -> list[tuple[str, str]]:
     return chain
 
 
-def _failover(written: str | None, default: int) -> int:
-    """One in so many; 0: none."""
+def _failover(written: str | None, default: Fraction) -> Fraction:
     if written is None:
         return default
     try:
         percent = float(written.removesuffix("%"))
-        if not 0 <= percent <= 50:
+        if not 0 <= percent <= 100:
             raise ValueError
     except ValueError:
-        raise _Wrong(f"--failover: a number from 0 to 50, not {written!r}.") from None
-    return round(100 / percent) if percent else 0
+        raise _Wrong(f"--failover: a number from 0 to 100, not {written!r}.") from None
+    # As it was written: 0.1 is a tenth, and not the float beside it.
+    return Fraction(repr(percent)) / 100
 
 
-def _price(routes: Routes, book: PriceBook) -> Price:
+def _price(routes: Routes, book: PriceBook, asked: set[str]) -> Price:
+    """`asked` gets the names of the models whose price was needed."""
+
     def price(provider: str, model: str, usage: Usage, at_ms: int) -> int | None:
         known = routes.providers.get(provider)
         slug = known.prices if known else CATALOGUE.get(provider, provider)
+        asked.add(book.canonical(f"{slug}/{model}"))
         rate = book.rate(slug, model, at_ms / 1000)
         return None if rate is None else rate.cost(usage)
 
     return price
+
+
+def _without_effect(
+    args: argparse.Namespace,
+    scenario: Scenario,
+    outcome: Outcome,
+    book: PriceBook,
+    asked: set[str],
+) -> Iterator[str]:
+    """What was asked for and changed nothing: a name that no call has, as a rule."""
+    if args.month is not None and not asked:
+        yield (
+            f"--month {args.month}: the ledger has no settled call of it with a cost. Older months "
+            "may have been archived."
+        )
+        return
+    for account in scenario.limits:
+        if account not in outcome.limited:
+            yield f"--limit {account}: no call is of this account, so it changes nothing."
+    for text in args.price:
+        name = text.rpartition("=")[0]
+        wanted = book.canonical(name)
+        whole = wanted.endswith("/*")
+        if not any(one.startswith(wanted[:-1]) if whole else one == wanted for one in asked):
+            yield f"--price {name}: no call is of this model, so it changes nothing."
 
 
 # -- telling ---------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ A call is refused here when what it really cost would not have fitted; the gatew
 cost at most, so that it refuses no later than this says.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from gwproxy.core.period import periods
 from gwproxy.core.usage import Usage
@@ -36,8 +38,8 @@ class Scenario:
 
     limits: Mapping[str, int] = field(default_factory=dict)
     chain: Sequence[tuple[str, str]] = ()
-    failover: int = 0
-    """Of so many calls one goes on to the next of the chain; 0: none does."""
+    failover: Fraction = Fraction(0)
+    """The part of the calls that goes on to the next of the chain."""
 
 
 Price = Callable[[str, str, Usage, int], int | None]
@@ -69,6 +71,8 @@ class Outcome:
     """By the account that was full."""
     all_refused: Refused = field(default_factory=Refused)
     unpriced: dict[tuple[str, str], int] = field(default_factory=dict)
+    limited: set[str] = field(default_factory=set)
+    """The limits of which any call was."""
     was: int = 0
     would_be: int = 0
 
@@ -87,6 +91,7 @@ def simulate(calls: Iterable[Call], scenario: Scenario, price: Price) -> Outcome
             outcome.unpriced[place] = outcome.unpriced.get(place, 0) + 1
             cost = was
         month = periods(call.t)[0]
+        outcome.limited.update(_limit_of(account, scenario.limits) for account in call.accounts())
         full = _full(call, cost, month, spent, scenario.limits)
         if full is not None:
             for refused in (outcome.refused.setdefault(full, Refused()), outcome.all_refused):
@@ -107,16 +112,22 @@ def simulate(calls: Iterable[Call], scenario: Scenario, price: Price) -> Outcome
 
 
 def _served_by(call: Call, number: int, scenario: Scenario) -> tuple[str, str]:
-    """The first of the chain; of so many calls one by the second, of so many of these the third."""
+    """The first of the chain; a part of the calls by the second, the same part of these by the
+    third. Spread evenly, and exactly so many as the part says."""
     if not scenario.chain:
         return call.provider, call.model
-    place, rest = 0, number
-    while scenario.failover > 0 and place < len(scenario.chain) - 1:
-        rest, left = divmod(rest, scenario.failover)
-        if left != scenario.failover - 1:
+    place = 0
+    while place < len(scenario.chain) - 1:
+        before = math.floor(number * scenario.failover)
+        if math.floor((number + 1) * scenario.failover) == before:
             break
-        place += 1
+        place, number = place + 1, before
     return scenario.chain[place]
+
+
+def _limit_of(account: str, limits: Mapping[str, int]) -> str:
+    """The name of the limit that an account would have: its own, else that of its kind."""
+    return account if account in limits else account.partition(":")[0]
 
 
 def _full(
@@ -128,7 +139,7 @@ def _full(
 ) -> str | None:
     """The account on which it would not have fitted."""
     for account in call.accounts():
-        limit = limits.get(account, limits.get(account.partition(":")[0]))
+        limit = limits.get(_limit_of(account, limits))
         if limit is not None and spent.get((account, month), 0) + cost > limit:
             return account
     return None
