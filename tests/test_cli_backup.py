@@ -37,6 +37,10 @@ def at_home(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UPSTREAM_TOKEN", UPSTREAM_TOKEN)
 
 
+def segment_in(folder: Path) -> Path:
+    return next(folder.glob("*/*.journal"))
+
+
 async def caught_up(front: Front) -> None:
     assert front.gateway.app is not None
     store = front.gateway.app._store
@@ -72,6 +76,42 @@ async def test_a_backup_while_it_runs_is_whole_and_private(
     assert file.stat().st_mode & 0o077 == 0
     assert await typed("restore", str(file)) == 1
     assert "in use by another process" in capsys.readouterr().err
+
+
+async def test_no_backup_takes_the_place_of_what_it_is_made_of(
+    stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    database = stopped / "gwproxy.db"
+    segment = segment_in(stopped)
+    journal = segment.parent
+    (stopped / "by-link.db").symlink_to(database)
+    (stopped / "by-hard-link.db").hardlink_to(database)
+    (stopped / "by-folder").symlink_to(journal)
+    (stopped / "by-segment").hardlink_to(segment)
+    (stopped / "dangling").symlink_to(stopped / "gwproxy.db-wal")
+    (stopped / "other.db.unfinished").hardlink_to(database)
+    before = {each: each.read_bytes() for each in (database, segment)}
+    names = ["gwproxy.db", "gwproxy.db-wal", "gwproxy.db-shm", "gwproxy.db.lock", "by-link.db"]
+    names += ["by-hard-link.db", "by-folder/new.db", "by-segment", "dangling", "other.db"]
+    names += [f"{journal.name}/new.db", f"{journal.name}/{segment.name}"]
+    for name in names:
+        capsys.readouterr()
+        assert await typed("backup", str(stopped / name)) == 1, name
+        assert "belongs to the ledger itself" in capsys.readouterr().err, name
+        assert all(each.read_bytes() == content for each, content in before.items()), name
+    assert (stopped / "other.db.unfinished").exists()
+    assert not (journal / "new.db").exists()
+
+
+async def test_a_database_that_cannot_be_opened_is_named_and_not_the_copy(
+    stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (stopped / "gwproxy.db").rename(stopped / "away")
+    capsys.readouterr()
+    assert await typed("backup", str(stopped / "new.db")) == 1
+    told = capsys.readouterr().err
+    assert f"{stopped / 'gwproxy.db'}: no backup was made: unable to open" in told
+    assert "new.db" not in told
 
 
 async def test_what_is_restored_comes_to_the_same_balances(

@@ -77,7 +77,7 @@ def _runs(
 
 def _backup(args: argparse.Namespace, config: Config) -> int:
     file = Path(args.file)
-    mark = copy_of(config.storage.path, file)
+    mark = copy_of(config.storage.path, file, config.storage.journal)
     size = file.stat().st_size
     if args.json:
         print_json({"file": str(file), "as_of_lsn": mark.lsn, "bytes": size})

@@ -47,12 +47,34 @@ async def backup_to(database: Database, file: Path) -> Mark:
     return await _backup(database, file.with_name(file.name + _UNFINISHED), name)
 
 
-def copy_of(path: Path, file: Path) -> Mark:
-    """The same of a database that another process may be writing to."""
+def copy_of(path: Path, file: Path, journal: Path | None = None) -> Mark:
+    """The same of a database that another process may be writing to. A name of the ledger's own,
+    or one in its `journal`, is refused: a copy there would take the place of what it is made of."""
+    unfinished = file.with_name(file.name + _UNFINISHED)
+    for name in (file, unfinished):
+        if _is_of_ledger(name, path, journal):
+            raise BackupRefused(f"{name}: belongs to the ledger itself. Name another file.")
     if file.exists() and not file.is_file():
         raise BackupRefused(f"{file}: is there already, and is not a file.")
-    unfinished = file.with_name(file.name + _UNFINISHED)
     return _copied(path, unfinished, lambda mark: file, fault=lambda: None, stopped=lambda: False)
+
+
+def _is_of_ledger(file: Path, path: Path, journal: Path | None) -> bool:
+    """Also by another way to it: a symbolic link, a hard link, a folder's other name."""
+    own = [path.with_name(path.name + end) for end in (*_ENDS, ".lock", _UNFINISHED)]
+    if journal is not None:
+        with suppress(OSError):
+            own += journal.iterdir()
+        if file.resolve().is_relative_to(journal.resolve()):
+            return True
+    return any(file.resolve() == each.resolve() or _same(file, each) for each in own)
+
+
+def _same(file: Path, other: Path) -> bool:
+    try:
+        return file.samefile(other)
+    except OSError:  # one of them is not there
+        return False
 
 
 async def _backup(database: Database, unfinished: Path, name: Callable[[Mark], Path]) -> Mark:
@@ -75,6 +97,8 @@ def _copied(
     stopped: Callable[[], bool],
 ) -> Mark:
     try:
+        # First: what is wrong with it is not to be told of the copy.
+        _assert_readable(path)
         # VACUUM INTO fills an empty file and keeps its mode.
         unfinished.unlink(missing_ok=True)
         os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -95,6 +119,14 @@ def _copied(
     finally:
         with suppress(OSError):
             unfinished.unlink()
+
+
+def _assert_readable(path: Path) -> None:
+    try:
+        with closing(_opened(path, "mode=ro")) as connection:
+            connection.execute("PRAGMA schema_version").fetchone()
+    except sqlite3.Error as error:
+        raise BackupRefused(f"{path}: no backup was made: {error}.") from error
 
 
 def checked(file: Path) -> Mark:
