@@ -15,7 +15,7 @@ import pytest
 
 from gwproxy.cli import main
 from tests.conftest import Front
-from tests.harness import ADMIN_KEY, chat
+from tests.harness import ADMIN, ADMIN_KEY, chat
 
 
 class Command:
@@ -168,6 +168,22 @@ async def test_accounts_that_lack_something_say_so_and_fail(
         busy.execute("ROLLBACK")
     assert await command.beside(*argv, "--json") == 0, command.err
     assert json.loads(command.out)["request_count"] == 2
+
+
+async def test_a_correction_is_a_number_that_a_spreadsheet_can_add_up(
+    front: Front, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GWPROXY_ADMIN_KEY", ADMIN_KEY)
+    assert (await front.chat(chat())).status == 200
+    reset = await front.client.post(
+        "/admin/users/alice/reset-quota", json={"reason": "=1+1"}, headers=ADMIN
+    )
+    assert reset.status == 200
+    folder = tmp_path / "bundle"
+    assert await command.beside("export", "usage", "--output", str(folder), "--url", front.url) == 0
+    [path] = folder.glob("adjustments-*.csv")
+    [row] = csv.DictReader(io.StringIO(path.read_text()))
+    assert (row["amount_usd"], row["reason"]) == ("-0.000015000", "'=1+1")
 
 
 def test_a_table_of_the_other_kind_is_known_by_its_columns(
