@@ -259,6 +259,7 @@ MOVES_ON = {
     "no HTTP": (sends(b"what?\r\n\r\n"), "garbage"),
     "half an answer": (sends(OK + b"Content-Length: 99\r\n\r\n{", then=Wire.hang_up), "truncated"),
     "no completion": (sends(OK + b"Content-Length: 2\r\n\r\n{}"), "garbage"),
+    "no choice": (sends(OK + b'Content-Length: 14\r\n\r\n{"choices":[]}'), "garbage"),
     "a redirect": (refuses("302 Found\r\nLocation: http://127.0.0.1:1/"), "bad_upstream"),
 }
 

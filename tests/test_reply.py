@@ -247,7 +247,7 @@ async def test_an_error_status_with_a_stream_for_a_body_is_an_error(
 async def test_an_answer_in_one_piece_passes_byte_for_byte(
     front: Front, upstream: Upstream
 ) -> None:
-    body = b'{ "choices" : [ ] ,\n "x": 1.10, "y": "\\u00e9", "usage": {"prompt_tokens": 1,'
+    body = b'{ "choices" : [ {} ] ,\n "x": 1.10, "y": "\\u00e9", "usage": {"prompt_tokens": 1,'
     body += b'"completion_tokens": 0, "total_tokens": 1} }\n'
 
     async def script(wire: Wire, received: Received) -> None:

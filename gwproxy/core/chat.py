@@ -122,7 +122,8 @@ class ChatRequest(ModelRequest, frozen=True):
         return ChatStream(meter, drop_usage=not self.include_usage)
 
     def is_answer(self, answer: Mapping[str, Any]) -> bool:
-        return isinstance(answer.get("choices"), list)
+        choices = answer.get("choices")
+        return isinstance(choices, list) and bool(choices)
 
     def as_stream(self, answer: Mapping[str, Any]) -> bytes:
         return as_stream(answer, include_usage=self.include_usage)

@@ -281,7 +281,10 @@ def rows() -> Iterator[tuple[str, Outcome]]:
     yield "a key that the provider refuses with a 400", REFUSED_KEY
     for code, outcome in GATEWAY_CODES.items():
         yield f"gateway code {code}", outcome
-    yield "200 with no chat completion: a page, half of JSON, another type", NO_COMPLETION
+    yield (
+        "200 with no chat completion: a page, half of JSON, another type, no choice",
+        NO_COMPLETION,
+    )
     yield "a stream's first event is an error that says no more (else as its status)", STATUSES[502]
     for words, outcome in FAILURES.values():
         yield words, outcome
