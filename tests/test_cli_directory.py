@@ -439,3 +439,9 @@ def test_what_only_the_upstream_needs_may_be_missing(shell):
         )
     )
     assert shell.run("users", "list") == 0, shell.err
+
+
+def test_an_empty_list_is_shown_as_none_without_a_server_too(shell):
+    assert shell.run("orgs", "create", "--id", "acme") == 0
+    [line] = [line for line in shell.out.splitlines() if line.startswith("allowed_features")]
+    assert line.split() == ["allowed_features", "-"]

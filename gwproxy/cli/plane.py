@@ -417,7 +417,7 @@ def print_rows(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
 
 
 def _cell(name: str, value: object) -> str:
-    if value is None or value == []:
+    if value is None or value in ([], ()):  # a list from a server, a tuple without one
         return "-"
     if isinstance(value, str):
         # Nine decimals are for programs; people get as many as say something, at least two.
