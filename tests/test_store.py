@@ -123,6 +123,16 @@ async def test_without_backup_and_beginning_a_database_that_is_gone_is_refused(
     assert not (tmp_path / "gwproxy.db").exists()
 
 
+async def test_where_a_good_database_cannot_be_placed_the_start_is_refused(tmp_path: Path) -> None:
+    await live(tmp_path, "ann")
+    move(tmp_path, "gwproxy.db*")
+    (tmp_path / "gwproxy.db.unfinished").mkdir()
+    with pytest.raises(DatabaseRefused, match=r"rebuilt: .*gwproxy\.db: it could not be put there"):
+        await live(tmp_path)
+    (tmp_path / "gwproxy.db.unfinished").rmdir()
+    assert await live(tmp_path) == {"ann"}
+
+
 async def test_why_a_lost_database_stays_lost_is_logged_once_and_told_with_the_cure(
     tmp_path: Path,
 ) -> None:

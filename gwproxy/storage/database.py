@@ -240,7 +240,10 @@ class Database:
             except DatabaseGone as gone:
                 if rebuild is None:
                     raise
-                await asyncio.to_thread(await rebuild(gone), path)
+                try:
+                    await asyncio.to_thread(await rebuild(gone), path)
+                except BackupRefused as error:
+                    raise DatabaseRefused(f"{gone} It could not be rebuilt: {error}") from error
                 await database._open_first(create)
             return database
         except BaseException:
