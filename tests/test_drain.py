@@ -180,8 +180,8 @@ async def test_two_hundred_streams_end_or_are_settled_when_the_process_is_told_t
         took_s = time.monotonic() - began
     await demo.stop()
     outcomes = assert_ledger(place, record, callers.got)
-    assert set(outcomes) == {"completed", "truncated"} and outcomes.total() == 200, outcomes
-    assert outcomes["truncated"] >= 100, "half of them are too long for it"
+    assert set(outcomes) == {"completed", "cut"} and outcomes.total() == 200, outcomes
+    assert outcomes["cut"] >= 100, "half of them are too long for it"
     assert took_s < 12, took_s
     print(f"\n200 streams at SIGTERM: {dict(outcomes)}, ended after {took_s:.1f} s, exit code 0")
 

@@ -721,8 +721,13 @@ async def test_a_stream_that_outlasts_the_drain_ends_with_an_error_event(
         parts = peer.chunks()
         assert await anext(parts) == HELLO
         _, rest = await asyncio.gather(front.gateway.close(), _joined(parts))
-    assert rest == INTERRUPTED
-    assert (await front.gateway.request_line())["outcome"] == "truncated"
+    assert rest.startswith(b"data: ")
+    error = json.loads(rest.removeprefix(b"data: ").partition(b"\n\n")[0])["error"]
+    assert (error["type"], error["code"]) == ("server_error", "stream_interrupted")
+    assert "gateway is shutting down" in error["message"]
+    line = await front.gateway.request_line()
+    assert (line["outcome"], line["error_type"]) == ("cut", "other"), "no fault of the provider"
+    assert line["error_code"] == "stream_interrupted"
 
 
 async def _joined(parts: Any) -> bytes:

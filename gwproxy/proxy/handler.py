@@ -29,6 +29,7 @@ from gwproxy.proxy.answer import Answer
 from gwproxy.proxy.dispatch import Dispatch
 from gwproxy.proxy.relay import Relay
 from gwproxy.proxy.reply import Reply
+from gwproxy.proxy.upstream import SHUTDOWN
 from gwproxy.state.accounts import fields
 from gwproxy.state.books import Books
 from gwproxy.state.keyring import Keyring
@@ -245,6 +246,8 @@ class ModelHandler:
             trace.error_type, trace.error_code = refusal.error_type, refusal.code
         elif not whole:
             failure = relay.failure
+            if failure is SHUTDOWN:
+                reservation.outcome = Outcome.CUT  # no fault of the provider
             trace.error_type = failure.error_type if failure else "provider_truncated"
             trace.error_code = "stream_interrupted"
         if relay.finish():

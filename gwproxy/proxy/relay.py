@@ -13,7 +13,7 @@ from aiohttp import web
 from gwproxy.core.errors import GatewayError
 from gwproxy.core.stream import EventStream
 from gwproxy.proxy.reply import Reply
-from gwproxy.proxy.upstream import IDLE_TIMEOUT, Failure
+from gwproxy.proxy.upstream import IDLE_TIMEOUT, SHUTDOWN, Failure
 from gwproxy.state.reservation import Reservation
 
 KEEP_ALIVE_AFTER_S = 15.0
@@ -35,6 +35,14 @@ _INTERRUPTED = GatewayError(
     code="stream_interrupted",
 )
 """A clean end would look like success to the SDKs; this makes them raise."""
+
+_SHUT_DOWN = GatewayError(
+    "This gateway is shutting down, and ended the stream before its answer was complete. "
+    "Ask again.",
+    status=503,
+    type="server_error",
+    code="stream_interrupted",
+)
 
 
 class Relay:
@@ -140,7 +148,8 @@ class Relay:
             return True  # the upstream told the client itself
         if not events.at_boundary:
             return False
-        self._write(events.error_event(_INTERRUPTED))
+        ours = self.failure is SHUTDOWN
+        self._write(events.error_event(_SHUT_DOWN if ours else _INTERRUPTED))
         return True
 
     # -- the connection's side ---------------------------------------------------------------

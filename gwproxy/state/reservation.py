@@ -46,7 +46,7 @@ class Outcome(enum.StrEnum):
     FAILED = "failed"  # no provider answered
     CLIENT_LEFT = "client_left"
     TRUNCATED = "truncated"  # the upstream ended in the middle
-    CUT = "cut"  # the budget ended in the middle
+    CUT = "cut"  # the budget or our own process ended in the middle
     UNKNOWN = "unknown"  # sent, and nothing came back
     VOID = "void"  # admitted, and never sent
 
