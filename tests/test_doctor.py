@@ -16,6 +16,7 @@ from gwproxy.config import load
 from gwproxy.demo import DemoUpstream
 from tests.account import TOKEN, Shell, shell
 from tests.harness import prices
+from tests.test_cli_reconcile import History
 
 
 @pytest_asyncio.fixture
@@ -184,6 +185,26 @@ async def test_what_the_machine_itself_lacks(run: Shell, demo: DemoUpstream) -> 
     assert found["database"]["state"] == "fail"
     assert "accept-loss" in found["journal"]["cure"]
     assert found["primary provider"]["state"] == "skip"
+
+
+async def test_a_lost_database_is_said_to_be_rebuilt_at_the_next_start(run: Shell) -> None:
+    await History(3, every=10).write(run.folder)
+    for file in run.folder.glob("gwproxy.db*"):
+        file.unlink()
+    found = await checks(run, "--no-models")
+    assert found["database"]["state"] == "warn"
+    assert "the next start rebuilds it from" in found["database"]["cause"]
+    assert found["journal"]["state"] == "pass"
+    assert "goes up to record" in found["journal"]["cause"]
+    # Without the beginning, and without a backup, nothing can be made of the rest.
+    for file in run.folder.glob("journal/backup-*.db"):
+        file.unlink()
+    first = min(run.folder.glob("journal/*.journal"))
+    first.unlink()
+    (run.folder / "journal" / "backup-00000000000000000001.db").write_bytes(b"no database")
+    found = await checks(run, "--no-models")
+    assert found["database"]["state"] == "fail"
+    assert "cannot be rebuilt" in found["database"]["cause"]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ from gwproxy.core.pricing import PriceBook
 from gwproxy.core.routing import Candidate
 from gwproxy.core.usage import Usage
 from gwproxy.storage import inspect
-from gwproxy.storage.database import DatabaseRefused
+from gwproxy.storage.backup import Backups, following
+from gwproxy.storage.database import BackupRefused, DatabaseRefused
 from gwproxy.storage.segments import JournalRefused
 
 CLOCK_OFF_S: Final = 30
@@ -150,7 +151,7 @@ class Doctor:
                     f"create it and give it to the user of the service, or change [storage] path: "
                     f"install -d -m 700 {folder}",
                 )
-            return Check("database", State.PASS, f"{path} will be made at the first start")
+            return self._lost()
         try:
             with inspect.tables(path) as tables:
                 lsn = tables.mark.lsn
@@ -162,6 +163,35 @@ class Doctor:
                 "run the doctor as the user of the service; gwproxy ledger verify says more",
             )
         return self._room("database", path.parent, f"{path} goes up to record {lsn}")
+
+    def _lost(self) -> Check:
+        """There is no database: what the next start will do about it."""
+        storage = self._plan.config.storage
+        path = storage.path
+        backups = Backups(
+            storage.journal, every_s=storage.backup_every_h * 3600, keep=storage.keep_backups
+        )
+        if not backups.any and not any(storage.journal.glob("*.journal")):
+            return Check("database", State.PASS, f"{path} will be made at the first start")
+        try:
+            found = inspect.journal(storage.journal, 0)
+            if not found.trail.segments:
+                raise BackupRefused(f"there is no journal in {storage.journal}")
+            source, _ = asyncio.run(backups.chosen(found.ledger_id, following(found)))
+        except (BackupRefused, JournalRefused, OSError) as refused:
+            return Check(
+                "database",
+                State.FAIL,
+                f"{path} is gone, and cannot be rebuilt: {refused}",
+                "put the database back, or a backup of it: gwproxy restore",
+            )
+        behind = source if source == "the journal alone" else f"{source} and the journal"
+        return Check(
+            "database",
+            State.WARN,
+            f"{path} is gone; the next start rebuilds it from {behind}",
+            "start the server; where a disk is not mounted, mount it first",
+        )
 
     def _journal(self) -> Check:
         storage = self._plan.config.storage
@@ -175,9 +205,12 @@ class Doctor:
                     "put the journal back, or go on without it: gwproxy ledger accept-loss",
                 )
             return Check("journal", State.PASS, f"{folder} will be made at the first start")
+        lost = not storage.path.exists()
         try:
-            with inspect.tables(storage.path) as tables:
-                applied = tables.mark.lsn
+            applied = 0
+            if not lost:
+                with inspect.tables(storage.path) as tables:
+                    applied = tables.mark.lsn
             found = inspect.journal(folder, applied)
         except (DatabaseRefused, JournalRefused, OSError) as refused:
             return Check(
@@ -186,6 +219,8 @@ class Doctor:
             )  # fmt: skip
         behind = max(0, found.trail.end.lsn - applied)
         words = f"{folder} goes up to record {max(found.trail.end.lsn, applied)}"
+        if lost:
+            return self._room("journal", folder, words)
         return self._room("journal", folder, f"{words}; the database is {behind} behind")
 
     def _room(self, name: str, folder: Path, words: str) -> Check:

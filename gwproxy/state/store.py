@@ -36,7 +36,7 @@ from gwproxy.state.repeats import REMEMBERED, Repeats
 from gwproxy.state.upkeep import Upkeep
 from gwproxy.storage import directory as storage
 from gwproxy.storage import imports, reports
-from gwproxy.storage.backup import Backups, CanFollow
+from gwproxy.storage.backup import Backups, CanFollow, follow, following
 from gwproxy.storage.database import (
     BackupRefused,
     Database,
@@ -58,7 +58,7 @@ from gwproxy.storage.ledger import (
     read_mark,
 )
 from gwproxy.storage.scan import Scan, boot_id, claim, scan
-from gwproxy.storage.segments import CHUNK_BYTES, Cursor, Gap, JournalRefused
+from gwproxy.storage.segments import CHUNK_BYTES, Gap, JournalRefused
 
 CATCH_UP_S: Final = 10.0
 """On the way out the database gets so long to take what the journal has; the rest comes with the
@@ -525,16 +525,6 @@ def _backups(kept: Kept) -> Backups:
     return Backups(kept.journal, every_s=kept.backup_every_h * 3600, keep=kept.keep_backups)
 
 
-def _follow(found: Scan, mark: Mark) -> Cursor:
-    """Where the journal goes on after a database with this mark; Gap or Mismatch."""
-    if mark.ledger_id != found.ledger_id:
-        raise Mismatch("it belongs to another ledger than the journal")
-    cursor = found.trail.find(mark.lsn)
-    if cursor.chain != mark.chain:
-        raise Mismatch(f"record {mark.lsn} is not the one of that number in the journal")
-    return cursor
-
-
 async def _rebuilt_at_start(
     kept: Kept, files: Files, log: Log, gone: DatabaseGone
 ) -> Callable[[Path], None]:
@@ -543,7 +533,7 @@ async def _rebuilt_at_start(
     if not found.trail.segments:
         raise DatabaseRefused(f"{gone} It could not be rebuilt: {kept.journal} is missing too.")
     try:
-        source, place = await _backups(kept).chosen(found.ledger_id, _following(found))
+        source, place = await _backups(kept).chosen(found.ledger_id, following(found))
     except BackupRefused as error:
         raise DatabaseRefused(f"{gone} It could not be rebuilt: {error}") from error
     log.event("warning", "database rebuilt", source=source, cause=str(gone))
@@ -561,20 +551,13 @@ async def _not_older(
         await asyncio.to_thread(found.trail.find, mark.lsn)
     except Gap as gap:
         try:
-            source = await backups.rebuild(database, found.ledger_id, _following(found))
+            source = await backups.rebuild(database, found.ledger_id, following(found))
         except BackupRefused:
             return mark  # which is told with what is missing
         await database.reopen(check=True)
         log.event("warning", "database rebuilt", source=source, cause=str(gap))
         return await read_mark(database)
     return mark
-
-
-def _following(found: Scan) -> CanFollow:
-    async def can_follow(mark: Mark) -> object:
-        return await asyncio.to_thread(_follow, found, mark)
-
-    return can_follow
 
 
 async def _replay(
@@ -592,7 +575,7 @@ async def _replay(
     if not trail.segments or trail.end.lsn < mark.lsn:
         return 0
     try:
-        cursor = _follow(found, mark)
+        cursor = follow(found, mark)
     except Gap as gap:
         raise JournalRefused(
             f"{kept.journal}: {gap}, and {kept.database} has none before. Restore the newest "

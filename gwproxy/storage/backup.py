@@ -18,7 +18,8 @@ from urllib.parse import quote
 from gwproxy.storage.database import SWAPPED, BackupRefused, Database, packaged
 from gwproxy.storage.files import OS_FILES
 from gwproxy.storage.ledger import PUT_BACK, Mark, Mismatch, mark_of
-from gwproxy.storage.segments import Gap
+from gwproxy.storage.scan import Scan
+from gwproxy.storage.segments import Cursor, Gap
 from gwproxy.storage.verify import unbalanced
 
 KEPT_JOURNAL_BYTES: Final = 256 << 20
@@ -209,6 +210,25 @@ def set_aside(path: Path) -> None:
 
 
 CanFollow = Callable[[Mark], Awaitable[object]]
+
+
+def follow(found: Scan, mark: Mark) -> Cursor:
+    """Where the journal goes on after a database with this mark; Gap or Mismatch."""
+    if mark.ledger_id != found.ledger_id:
+        raise Mismatch("it belongs to another ledger than the journal")
+    cursor = found.trail.find(mark.lsn)
+    if cursor.chain != mark.chain:
+        raise Mismatch(f"record {mark.lsn} is not the one of that number in the journal")
+    return cursor
+
+
+def following(found: Scan) -> CanFollow:
+    """Whether that journal can go on after a database."""
+
+    async def can_follow(mark: Mark) -> object:
+        return await asyncio.to_thread(follow, found, mark)
+
+    return can_follow
 
 
 class Backups:
