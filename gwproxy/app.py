@@ -398,6 +398,7 @@ class App:
         return Dispatch(
             self._loop,
             time.monotonic,
+            time.time,
             endpoints=endpoints,
             default=default,
             providers=providers,

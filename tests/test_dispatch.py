@@ -3,7 +3,9 @@
 import asyncio
 import json
 import re
+import time
 from collections.abc import AsyncIterator
+from email.utils import formatdate
 from typing import Any
 
 import pytest
@@ -386,6 +388,13 @@ async def test_when_all_fail_the_last_one_is_told(
     assert (line["outcome"], line["cost_nanos"]) == ("failed", 0)
     [failed, _] = await both.gateway.lines("All providers failed", 2)
     assert failed["reason"] == "status_429"
+
+
+async def test_a_date_to_come_back_at_is_told_in_seconds(front: Front, upstream: Upstream) -> None:
+    upstream.script = refuses(f"429 Too Many\r\nRetry-After: {formatdate(time.time() + 40)}")
+    response = await front.chat(chat())
+    assert response.status == 429
+    assert 30 < int(response.headers["Retry-After"]) <= 40
 
 
 async def test_a_first_byte_that_does_not_come_moves_on(

@@ -1,6 +1,7 @@
 """What an upstream's answer means, and what of it a caller may read."""
 
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from gwproxy.core.upstream_words import (
 )
 from gwproxy.metrics import ERROR_TYPES
 
+AT_S = datetime(2026, 10, 21, 7, 27, 29, 500_000, tzinfo=UTC).timestamp()
 TOKEN = "cf-Tok3n_abcdefghijklmnopqrstuvwxyz0123456789"
 CALLER, POLICY = Meaning.CALLER_ERROR, Meaning.POLICY_BLOCK
 OPERATOR, THROTTLED, FAILURE = Meaning.OPERATOR_FAULT, Meaning.THROTTLED, Meaning.UPSTREAM_FAILURE
@@ -28,7 +30,7 @@ OPERATOR, THROTTLED, FAILURE = Meaning.OPERATOR_FAULT, Meaning.THROTTLED, Meanin
 
 def read(status: int, body: Any, secrets: tuple[str, ...] = (TOKEN,), **headers: str) -> Verdict:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    verdict = classify(status, headers, raw, secrets)
+    verdict = classify(status, headers, raw, secrets, AT_S)
     assert verdict.error_type in ERROR_TYPES
     return verdict
 
@@ -410,7 +412,13 @@ def test_words_without_a_secret_are_passed_on_whatever_the_secrets_are() -> None
         ("", None),
         ("-1", None),
         ("1.5", None),
-        ("Wed, 21 Oct 2026 07:28:00 GMT", None),
+        ("Wed, 21 Oct 2026 07:28:00 GMT", 31),
+        ("Wednesday, 21-Oct-26 07:28:00 GMT", 31),
+        ("Wed Oct 21 07:28:00 2026", 31),
+        ("Tue, 20 Oct 2026 07:28:00 GMT", 0),
+        ("Wed, 21 Oct 2099 07:28:00 GMT", 86_400),
+        ("Wed, 99 Oct 2026 07:28:00 GMT", None),
+        ("soon", None),
         ("\u0663\u0660", None),
         ("1e3", None),
         ("30, 30", None),
@@ -421,6 +429,28 @@ def test_retry_after_is_whole_seconds_or_nothing(value: str, expected: int | Non
         verdict = read(429, body, **{"retry-after": value})
         assert verdict.retry_after_s == expected
         assert to_error(verdict).retry_after_s == expected
+
+
+@pytest.mark.parametrize(
+    ("millis", "seconds", "expected"),
+    [
+        ("250", "", 1),
+        ("2000", "9", 2),
+        ("2001", "9", 3),
+        ("99999999", "", 86_400),
+        ("soon", "9", 9),
+        ("-1", "", None),
+    ],
+)
+def test_milliseconds_say_it_more_exactly(millis: str, seconds: str, expected: int | None) -> None:
+    verdict = read(429, openai(), **{"retry-after-ms": millis, "retry-after": seconds})
+    assert verdict.retry_after_s == expected
+
+
+@given(st.text(max_size=80))
+def test_no_value_of_retry_after_is_too_strange(value: str) -> None:
+    found = read(429, openai(), **{"retry-after": value}).retry_after_s
+    assert found is None or 0 <= found <= 86_400
 
 
 # -- errors in a stream ----------------------------------------------------------------------------

@@ -4,9 +4,12 @@ Pure tables and the functions that read them. Cloudflare's words come from its p
 documentation and from what others observed; where an answer fits no table, its status decides.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC
+from email.utils import parsedate_to_datetime
 from hashlib import sha256
 from typing import Any
 
@@ -188,10 +191,11 @@ _POLICY_WORDS = {
 
 
 def classify(
-    status: int, headers: Mapping[str, str], body: bytes, secrets: tuple[str, ...]
+    status: int, headers: Mapping[str, str], body: bytes, secrets: tuple[str, ...], at_s: float
 ) -> Verdict:
-    """What an error answer means. `secrets` are never passed on, whatever the upstream echoes."""
-    retry_after_s = _retry_after_s(headers)
+    """What an error answer means. `secrets` are never passed on, whatever the upstream echoes.
+    `at_s`: when it came, in seconds since 1970."""
+    retry_after_s = _retry_after_s(headers, at_s)
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -414,12 +418,29 @@ def to_error(verdict: Verdict) -> GatewayError:
             )
 
 
-def _retry_after_s(headers: Mapping[str, str]) -> int | None:
-    """`retry-after` in whole seconds; its date form and nonsense are not passed on."""
+_LONGEST_WAIT_S = 86_400
+
+
+def _retry_after_s(headers: Mapping[str, str], at_s: float) -> int | None:
+    """How long the upstream asks to be left alone, in whole seconds, rounded upwards; nonsense is
+    not passed on. OpenAI's milliseconds say it more exactly than the header beside them."""
+    millis = headers.get("retry-after-ms", "")
+    if _is_number(millis):
+        return min(-(-int(millis) // 1000), _LONGEST_WAIT_S)
     value = headers.get("retry-after", "")
-    return (
-        min(int(value), 86_400) if value.isascii() and value.isdigit() and len(value) < 9 else None
-    )
+    if _is_number(value):
+        return min(int(value), _LONGEST_WAIT_S)
+    try:
+        until = parsedate_to_datetime(value)
+    except (ValueError, OverflowError):
+        return None
+    if until.tzinfo is None:
+        until = until.replace(tzinfo=UTC)  # the oldest of its forms names no zone (RFC 9110, 5.6.7)
+    return min(max(0, math.ceil(until.timestamp() - at_s)), _LONGEST_WAIT_S)
+
+
+def _is_number(value: str) -> bool:
+    return value.isascii() and value.isdigit() and len(value) < 9
 
 
 def _text(value: Any) -> str | None:

@@ -162,6 +162,7 @@ class Dispatch:
         self,
         loop: asyncio.AbstractEventLoop,
         now: Callable[[], float],
+        clock: Callable[[], float],
         *,
         endpoints: Mapping[str, Endpoint],
         default: Endpoint,
@@ -171,10 +172,11 @@ class Dispatch:
         metrics: Metrics,
         log: Log,
     ) -> None:
-        """`now` gives monotonic seconds. `default` serves the providers without a table. `retries`:
-        how often the last candidate of a chain is asked again."""
+        """`now` gives monotonic seconds, `clock` those since 1970. `default` serves the providers
+        without a table. `retries`: how often the last candidate of a chain is asked again."""
         self.loop = loop
         self.now = now
+        self.clock = clock
         self.providers = providers
         self.patience = patience
         self.retries = retries
@@ -441,7 +443,8 @@ class Sending:
         if reply.status and not reply.succeeded:
             # It has said no, whether or not the words for it came whole.
             reservation.refused()
-            return classify(reply.status, reply.headers, reply.body(), endpoint.secrets)
+            at_s = self._dispatch.clock()
+            return classify(reply.status, reply.headers, reply.body(), endpoint.secrets, at_s)
         if reply.failure is not None:
             reservation.unanswered()
             trace, total_s = self._trace, self._dispatch.patience.total_s
