@@ -391,7 +391,9 @@ async def test_when_all_fail_the_last_one_is_told(
 
 
 async def test_a_date_to_come_back_at_is_told_in_seconds(front: Front, upstream: Upstream) -> None:
-    upstream.script = refuses(f"429 Too Many\r\nRetry-After: {formatdate(time.time() + 40)}")
+    upstream.script = refuses(
+        f"429 Too Many\r\nRetry-After: {formatdate(time.time() + 40, usegmt=True)}"
+    )
     response = await front.chat(chat())
     assert response.status == 429
     assert 30 < int(response.headers["Retry-After"]) <= 40

@@ -8,8 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC
-from email.utils import parsedate_to_datetime
+from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any
 
@@ -420,6 +419,9 @@ def to_error(verdict: Verdict) -> GatewayError:
 
 _LONGEST_WAIT_S = 86_400
 
+_DATES = ("%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y")
+"""The one form that is written, and two that must be read all the same (RFC 9110, 5.6.7)."""
+
 
 def _retry_after_s(headers: Mapping[str, str], at_s: float) -> int | None:
     """How long the upstream asks to be left alone, in whole seconds, rounded upwards; nonsense is
@@ -430,13 +432,13 @@ def _retry_after_s(headers: Mapping[str, str], at_s: float) -> int | None:
     value = headers.get("retry-after", "")
     if _is_number(value):
         return min(int(value), _LONGEST_WAIT_S)
-    try:
-        until = parsedate_to_datetime(value)
-    except (ValueError, OverflowError):
-        return None
-    if until.tzinfo is None:
-        until = until.replace(tzinfo=UTC)  # the oldest of its forms names no zone (RFC 9110, 5.6.7)
-    return min(max(0, math.ceil(until.timestamp() - at_s)), _LONGEST_WAIT_S)
+    for form in _DATES:
+        try:
+            until_s = datetime.strptime(value, form).replace(tzinfo=UTC).timestamp()
+        except ValueError:
+            continue
+        return min(max(0, math.ceil(until_s - at_s)), _LONGEST_WAIT_S)
+    return None
 
 
 def _is_number(value: str) -> bool:
