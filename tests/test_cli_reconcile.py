@@ -437,6 +437,35 @@ async def test_what_the_database_does_not_have_yet_is_not_compared(
     assert counts(run.json) == Counter(equal=31)
 
 
+async def test_what_needs_nothing_does_not_fail_and_is_not_called_equal(
+    run: Shell, demo: DemoUpstream
+) -> None:
+    history = History(3, every=1000)
+    history.cases[1] = planted("no usage", (100, 100))
+    await history.write(run.folder)
+    rows = history.log()
+    demo.management.logs.plant(
+        [*rows, {**rows[0], "id": "asked", "metadata": {"request_id": "doctor-1"}}]
+    )
+    assert await run(*history.words()) == 0, run.out
+    assert "asked by the doctor" in run.out and "no usage upstream" in run.out
+    assert "Both sides agree" not in run.out
+    assert "Nothing is left to look into" in run.out
+    assert await run(*history.words(), "--all") == 2
+    assert "--csv FILE" in run.err
+
+
+async def test_the_doctors_questions_are_no_strangers(run: Shell, demo: DemoUpstream) -> None:
+    await History(1, every=1000).write(run.folder)
+    await run("doctor")
+    now = int(time.time() * 1000) + 1000
+    assert await run(
+        "reconcile", "--from", stamp(now - 60_000), "--to", stamp(now), "--json"
+    ) == 0, run.out  # fmt: skip
+    assert run.json["kinds"]["doctor"]["count"] >= 3
+    assert "theirs_only" not in run.json["kinds"]
+
+
 async def test_an_empty_log_says_how_to_turn_it_on(run: Shell, demo: DemoUpstream) -> None:
     history = History(3, every=10)
     await history.write(run.folder)

@@ -120,6 +120,8 @@ def test_a_request_without_attempts_costs_what_all_its_records_say() -> None:
         ({"cost": None}, True, Kind.EQUAL, "second try"),
         ({"cost": 0}, True, Kind.EQUAL, "second try"),
         ({"t": NOW - SETTLES_WITHIN_MS + 1}, False, Kind.PENDING, "too young"),
+        ({"request_id": "doctor-1"}, False, Kind.DOCTOR, "gwproxy doctor"),
+        ({"request_id": "doctor-1"}, True, Kind.THEIRS_ONLY, "second record"),
         ({"t": NOW - 1, "request_id": None}, False, Kind.THEIRS_ONLY, "not made by gwproxy"),
     ],
 )

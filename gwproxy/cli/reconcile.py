@@ -88,6 +88,9 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.all and args.csv is None:
+        say("--all: say where all lines are to be written, too: --csv FILE")
+        return WRONG_USAGE
     try:
         config = load(find_config(args.config, os.environ), os.environ, catalogue=CATALOGUE)
         since, until = _moment("--from", args.since), _moment("--to", args.until)
@@ -408,8 +411,8 @@ def _notes(args: argparse.Namespace, summary: Summary) -> Iterator[str]:
         yield f"The log goes back to {begins}: reconcile more often than it forgets."
     if Kind.THEIRS_ONLY in kinds:
         yield (
-            "Theirs only: somebody uses the gateway beside gwproxy (gwproxy doctor does), or the "
-            "ledger was restored from a backup."
+            "Theirs only: somebody uses the gateway beside gwproxy, or the ledger was restored "
+            "from a backup."
         )
     if Kind.PRICE_DIFFERS in kinds:
         yield (
@@ -433,7 +436,11 @@ def _notes(args: argparse.Namespace, summary: Summary) -> Iterator[str]:
             f"cost ({_signed(summary.delta)}): --apply"
         )
     if summary.agrees:
-        yield "Both sides agree."
+        yield (
+            "Nothing is left to look into: what differs is explained above."
+            if summary.drifts or not kinds.keys() <= AGREED
+            else "Both sides agree."
+        )
 
 
 def _usd(amount: int) -> str:

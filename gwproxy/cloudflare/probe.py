@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
+from uuid import uuid4
 
 import aiohttp
 import orjson
 
 from gwproxy.cloudflare.api import no_answer
 from gwproxy.cloudflare.words import Fault, curl, explain
+from gwproxy.core.reconcile import DOCTOR
 from gwproxy.core.sse import SseScanner
 
 MOST_TOKENS: Final = 16
@@ -127,6 +129,8 @@ async def probe(
             "cf-aig-skip-cache": "true",
             "cf-aig-max-attempts": "1",
             "cf-aig-collect-log-payload": "false",
+            # The log then tells this question from a stranger's.
+            "cf-aig-metadata": orjson.dumps({"request_id": f"{DOCTOR}{uuid4().hex}"}).decode(),
         }
     start = now()
     try:

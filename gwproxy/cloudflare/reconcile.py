@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 from gwproxy.cloudflare.logs import Fetched
 from gwproxy.core.period import rfc3339
 from gwproxy.core.reconcile import (
-    AGREED,
+    EXPLAINED,
     Finding,
     Kind,
     Ours,
@@ -28,6 +28,9 @@ MARGIN_MS: Final = 15 * 60_000
 _HOLES: Final = 100
 """A log that lacks one in so many finished requests is not whole: what it does not have says
 nothing about whether it got there."""
+
+_SHOWN_NANOS: Final = 1_000
+"""A millionth of a dollar: below it stands what rounding leaves."""
 
 
 @dataclass(slots=True)
@@ -69,6 +72,11 @@ class Summary:
     def agrees(self) -> bool:
         """Whether there is nothing that somebody has to look into, or to apply."""
         return not self.corrections and not self.unexplained
+
+    @property
+    def drifts(self) -> bool:
+        """Whether the two sides' sums differ by as much as is shown of them."""
+        return any(abs(drift) >= _SHOWN_NANOS for drift in self.drift.values())
 
     def row(self) -> dict[str, Any]:
         """As it is kept for the server, and printed for programs. Amounts are nano-USD."""
@@ -146,7 +154,7 @@ def settle(
             )
             for ours, rows, finding in lines:
                 shown = _done(finding) if done else finding
-                summary.unexplained += follows is None and shown.kind not in AGREED
+                summary.unexplained += follows is None and shown.kind not in EXPLAINED
                 note(ours, rows[0] if rows else None, shown)
             if follows is not None:
                 keep(follows)
@@ -154,7 +162,7 @@ def settle(
                 summary.delta += follows.cost - follows.charged
         for theirs, known in book.unclaimed(since, until):
             finding = unclaimed(theirs, known=known, now_ms=now_ms)
-            summary.unexplained += finding.kind not in AGREED
+            summary.unexplained += finding.kind not in EXPLAINED
             note(None, theirs, finding)
     return summary
 

@@ -27,6 +27,7 @@ class Kind(StrEnum):
     PRICE_DIFFERS = "price_differs"
     CACHED = "cached"
     NO_USAGE = "no_usage"
+    DOCTOR = "doctor"
     TOO_OLD = "too_old"
     PENDING = "pending"
 
@@ -39,11 +40,16 @@ WORDS: Final = {
     Kind.PRICE_DIFFERS: "price differs",
     Kind.CACHED: "cached by the gateway",
     Kind.NO_USAGE: "no usage upstream",
+    Kind.DOCTOR: "asked by the doctor",
     Kind.TOO_OLD: "too old for the log",
     Kind.PENDING: "not settled yet",
 }
-AGREED: Final = frozenset({Kind.EQUAL, Kind.CACHED, Kind.TOO_OLD, Kind.PENDING})
-"""Kinds that nobody has to look into."""
+AGREED: Final = frozenset({Kind.EQUAL, Kind.CACHED, Kind.DOCTOR, Kind.TOO_OLD, Kind.PENDING})
+"""Kinds that nobody has to look at."""
+EXPLAINED: Final = AGREED | {Kind.NO_USAGE}
+"""And those that nobody can do anything about: where the log has no tokens, ours stand."""
+DOCTOR: Final = "doctor-"
+"""So the names begin that the doctor gives to its questions, which are in no ledger."""
 
 
 class Ours(msgspec.Struct, frozen=True, gc=False):
@@ -231,6 +237,8 @@ def _cost(theirs: Sequence[Theirs]) -> int | None:
 
 def unclaimed(theirs: Theirs, *, known: bool, now_ms: int) -> Finding:
     """A row of the log that belongs to no attempt of ours. `known`: its request is one of ours."""
+    if not known and theirs.request_id is not None and theirs.request_id.startswith(DOCTOR):
+        return Finding(Kind.DOCTOR, 0, theirs.cost, "asked by gwproxy doctor")
     if now_ms - theirs.t < SETTLES_WITHIN_MS and theirs.request_id is not None:
         return Finding(Kind.PENDING, 0, theirs.cost, "too young to be missed")
     if known and not theirs.cost:
