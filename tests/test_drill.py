@@ -4,10 +4,12 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gwproxy.cli import main
+from gwproxy.cli.drill import Books, failures
 from tests.conftest import StartGateway
 from tests.harness import ADMIN_KEY, UPSTREAM_TOKEN, chat
 
@@ -51,6 +53,45 @@ def test_a_lost_database_is_survived_open_and_closed(capsys: pytest.CaptureFixtu
     assert "closed 503" in str(report["answers"]) and "open 200" in str(report["answers"])
     assert int(str(report["served_open"])) > 0
     assert report["readiness_was"] == 503
+    exposure, bound = str(report["exposure_usd"]).removesuffix(" at most").split(" of ")
+    assert 0 < float(exposure) <= float(bound)
+    served, kept = str(report["upstream_served"]).split(", of which the ledger has ")
+    assert int(served) == int(kept) > int(str(report["served_open"]))
+
+
+SEEN: dict[str, Any] = {
+    "noticed_after_s": 0.2,
+    "recovery_s": 1.0,
+    "breaker_was": "open",
+    "month_before": "2026-01",
+    "month_during": "2026-01",
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "seen", "missed"),
+    [
+        ("storage-lost", {}, None),
+        ("storage-lost", {"noticed_after_s": None}, "the fault was not noticed"),
+        ("disk-full", {"refused": 0}, "the closed organization never got 503"),
+        ("disk-full", {"recovery_s": None}, "it did not recover"),
+        ("disk-full", {"exposure": 11}, "more was exposed than the bound"),
+        ("disk-full", {"served": {"a": 4}}, "ledger and upstream's record differ"),
+        ("disk-full", {"served": {"a": 3, "b": 3}}, "ledger and upstream's record differ"),
+        ("provider-down", {"refused": 0}, None),
+        ("provider-down", {"breaker_was": "closed"}, "the breaker did not open"),
+        ("clock-jump", {"month_during": "2026-02"}, "a short leap of the clock was believed"),
+    ],
+)
+def test_a_drill_passes_only_where_what_it_is_about_was_seen(
+    fault: str, seen: dict[str, Any], missed: str | None
+) -> None:
+    outcome = SEEN | seen
+    books = Books(outcome.pop("exposure", 10), {"a": 3}, outcome.pop("served", {"a": 3}))
+    during = [("open", 200, "degraded", 0.1)]
+    during += [("closed", 503, "", 0.1)] * outcome.pop("refused", 1)
+    found = failures(fault, 8, 10, outcome, during, books)
+    assert found == ([] if missed is None else [missed])
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ rebuilt is as large as it would be. Neither it nor a running server is touched.
 """
 
 import argparse
+import asyncio
 import contextlib
 import json
 import os
@@ -17,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -28,6 +29,8 @@ from gwproxy.cli.printing import print_json, say
 from gwproxy.config import Config, ConfigError, find_config, load
 from gwproxy.core.money import format_usd
 from gwproxy.core.routing import CATALOGUE
+from gwproxy.state.ledger import BELIEVED_AFTER_MS
+from gwproxy.storage import inspect
 from gwproxy.storage.backup import copy_of
 from gwproxy.storage.database import BackupRefused
 
@@ -136,6 +139,17 @@ def _configured(named: str | None) -> Config | None:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class Books:
+    """The ledger of the drill's own organizations, and what the upstream says it has served."""
+
+    exposure: int
+    """Of the open organization on one day without the database, in nano-USD."""
+    requests: dict[str, int]
+    """Output tokens by request, of those that were answered whole."""
+    served: dict[str, int]
+
+
 # -- the scratch gateway ---------------------------------------------------------------------------
 
 
@@ -149,6 +163,7 @@ class Scratch:
     upstream: str
     bound: int
     url: str = ""
+    organizations: dict[str, str] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
     answers: list[tuple[str, int, str, float]] = field(default_factory=list)
     """Organization, status (0: none came), mode, seconds."""
@@ -156,6 +171,11 @@ class Scratch:
     @property
     def config(self) -> Path:
         return self.folder / "config.toml"
+
+    @property
+    def record(self) -> Path:
+        """The demo upstream's own, a line a request."""
+        return self.folder / "served.jsonl"
 
     def write(self, first: str) -> None:
         """`first` is the model of the chain's first provider."""
@@ -202,6 +222,7 @@ class Scratch:
             organization = {"org_id": name, "failure_mode": mode}
             self.admin("POST", "organizations", organization)
             self.admin("POST", "users", {"user_id": name, "org_id": name})
+            self.organizations[mode] = name
             self.keys[mode] = self.admin("POST", f"users/{name}/api-keys", {})["api_key"]
 
     def ready(self) -> tuple[int, str]:
@@ -220,12 +241,27 @@ class Scratch:
             time.sleep(PAUSE_S)
         return None
 
-    def exposure_usd(self) -> str:
-        _, _, raw = self.send("GET", "/metrics", "")
-        for line in raw.decode().splitlines():
-            if line.startswith("gwproxy_degraded_exposure_usd "):
-                return f"{float(line.split()[1]):.6f}"
-        raise Failed("the metrics have no gwproxy_degraded_exposure_usd")
+    def books(self) -> "Books":
+        """What the ledger has of the drill's own organizations, beside what the upstream has."""
+        with inspect.tables(self.database) as tables:
+            spent, requests = asyncio.run(tables.run(self._own))
+        lines = [json.loads(line) for line in self.record.read_text().splitlines()]
+        served = {
+            line["request_id"]: line["tokens"]["output"] for line in lines if line["completed"]
+        }
+        return Books(spent, requests, served)
+
+    def _own(self, connection: Any) -> tuple[int, dict[str, int]]:
+        spent = connection.execute(
+            "SELECT coalesce(max(spent), 0) FROM balance WHERE account = ?",
+            (f"outage:{self.organizations['open']}",),
+        ).fetchone()[0]
+        requests = connection.execute(
+            "SELECT id, output_tokens FROM request WHERE outcome = 'completed'"
+            " AND org_id IN (?, ?)",
+            tuple(self.organizations.values()),
+        ).fetchall()
+        return spent, {request_id: tokens for request_id, tokens in requests}
 
     @contextlib.contextmanager
     def traffic(self, model: str) -> Iterator[None]:
@@ -278,6 +314,7 @@ def _drill(name: str, seconds: float, config: Config | None, folder: Path) -> di
         environ |= prepare(kept, folder, stack)
         demo = [sys.executable, "-m", "gwproxy.demo", "--listen", "127.0.0.1:0"]
         demo += ["--token", token, "--account", "demo", "--gateway", "demo"]
+        demo += ["--record", str(folder / "served.jsonl")]
         upstream = address(
             stack.enter_context(child(demo, environ, folder / "upstream.log")), folder
         )
@@ -332,12 +369,13 @@ def _report(
     times = sorted(took_s for _, status, _, took_s in during if status == 200)
     good_keys_refused = sum(status == 401 for _, status, _, _ in scratch.answers)
     recovered = all(status == 200 for _, status, _, _ in after)
-    passed = (
-        verify_code == 0
-        and not good_keys_refused
-        and recovered
-        and outcome.get("recovery_s", 0) is not None
-    )
+    books = scratch.books()
+    failed = [
+        *(["the ledger does not verify"] if verify_code else []),
+        *(["good keys were refused"] if good_keys_refused else []),
+        *([] if recovered else ["not everybody was served afterwards"]),
+        *failures(name, seconds, scratch.bound, outcome, during, books),
+    ]
     return {
         "drill": f"{name}, for {seconds:g} s",
         "answers": ", ".join(
@@ -345,14 +383,48 @@ def _report(
         ),
         "refused": sum(count for (_, status), count in counts.items() if status != 200),
         "served_open": served,
-        "exposure_usd": f"{scratch.exposure_usd()} of {format_usd(scratch.bound)} at most",
+        "exposure_usd": f"{format_usd(books.exposure)} of {format_usd(scratch.bound)} at most",
         "median_answer_ms": round(times[len(times) // 2] * 1000) if times else None,
         **outcome,
         "good_keys_refused": good_keys_refused,
         "served_afterwards": recovered,
         "ledger": words,
-        "passed": passed,
+        "upstream_served": f"{len(books.served)}, of which the ledger has {len(books.requests)}",
+        "failed": "; ".join(failed) or None,
+        "passed": not failed,
     }
+
+
+def failures(
+    name: str,
+    seconds: float,
+    bound: int,
+    outcome: dict[str, Any],
+    during: Sequence[tuple[str, int, str, float]],
+    books: Books,
+) -> list[str]:
+    """What this fault is about, and was not seen."""
+    found = []
+    if books.exposure > bound:
+        found.append("more was exposed than the bound")
+    if books.requests != books.served:
+        found.append("ledger and upstream's record differ")
+    if outcome.get("recovery_s", 0) is None:
+        found.append("it did not recover")
+    match name:
+        case "storage-lost" | "disk-full":
+            if outcome["noticed_after_s"] is None:
+                found.append("the fault was not noticed")
+            if not any(each[:2] == ("closed", 503) for each in during):
+                found.append("the closed organization never got 503")
+        case "provider-down":
+            if outcome["breaker_was"] not in ("open", "half_open"):
+                found.append("the breaker did not open")
+        case "clock-jump":
+            believed = outcome["month_during"] != outcome["month_before"]
+            if believed and seconds * 1000 < BELIEVED_AFTER_MS:
+                found.append("a short leap of the clock was believed")
+    return found
 
 
 # -- the faults ------------------------------------------------------------------------------------
@@ -426,7 +498,14 @@ def _clock_jump(scratch: Scratch, seconds: float) -> dict[str, Any]:
     time.sleep(seconds)
     during = month()
     stamp.write_text("+0\n")
-    return {"month_before": before, "month_during": during, "month_after": month()}
+    seen = "believed" if during != before else "not believed"
+    return {
+        "month_before": before,
+        "month_during": during,
+        "month_after": month(),
+        "leap": f"{seen} after {seconds:g} s; it is believed once it has lasted for "
+        f"{BELIEVED_AFTER_MS // 1000} s",
+    }
 
 
 # -- what a fault needs beforehand -----------------------------------------------------------------
