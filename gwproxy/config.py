@@ -1236,8 +1236,8 @@ class _Reader:
                 continue
             if all(entry.provider != other.provider for other in chain):
                 chain.append(entry)
-        # Who uses none of this need not hear of the defaults.
-        if chain or first or fallbacks:
+        # Who did not write the list need not hear of what it has.
+        if fallbacks:
             self.warnings.extend(skipped)
         return tuple(chain)
 

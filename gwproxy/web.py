@@ -85,11 +85,20 @@ class Router:
                     parameters = {name: unquote(text) for name, text in match.groupdict().items()}
                     break
             else:
-                raise NotFound("There is no such route. The API lives under /v1.")
+                below = (route.api for route in self.routes if path.startswith(f"{route.path}/"))
+                raise _NoRoute(next(below, Api.CHAT))
         route = methods.get(method)
         if route is None:
             raise _WrongMethod(", ".join(sorted(methods)), next(iter(methods.values())))
         return route, parameters
+
+
+class _NoRoute(NotFound):
+    """`api`: whose clients ask for such a path, and read such an error."""
+
+    def __init__(self, api: Api) -> None:
+        super().__init__("There is no such route. The API lives under /v1.")
+        self.api = api
 
 
 class _WrongMethod(MethodNotAllowed):
@@ -165,6 +174,8 @@ class Front:
                     error.guard(request)
             except GatewayError as refused:
                 return self._refuse(request, trace, refused, error.api)
+            return self._refuse(request, trace, error, error.api)
+        except _NoRoute as error:
             return self._refuse(request, trace, error, error.api)
         except GatewayError as error:
             return self._refuse(request, trace, error, api)

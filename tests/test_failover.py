@@ -286,6 +286,8 @@ async def test_one_probe_at_a_time_also_with_many_callers(pair: Pair) -> None:
         calls = [group.create_task(pair.ask()) for _ in range(20)]
         await until(lambda: pair.counts[1] == 3 + 19)
         assert pair.counts[0] == 3 + 1
+        alone = await pair.ask(model="first/one")
+        assert (alone.status, alone.headers["Retry-After"]) == (503, "1")
         let_go.set()
     served = [call.result().headers["x-gateway-provider"] for call in calls]
     assert sorted(served) == ["first"] + ["second"] * 19

@@ -40,6 +40,17 @@ JSON = "Content-Type: application/json"
 # -- routes and methods --------------------------------------------------------------------------
 
 
+async def test_a_path_below_an_apis_own_is_not_found_in_that_apis_words(front: Front) -> None:
+    for path, shape in (("messages/count_tokens", "error"), ("responses/x", None)):
+        response = await front.client.post(f"/v1/{path}", json={})
+        assert response.status == 404
+        answer = await response.json()
+        assert (answer.get("type"), "There is no such route" in answer["error"]["message"]) == (
+            shape,
+            True,
+        )
+
+
 @pytest.mark.parametrize(
     "path",
     [

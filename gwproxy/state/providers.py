@@ -33,6 +33,9 @@ from gwproxy.state.ledger import Ledger, NotRecorded, RecordUncertain
 LOOKED_BACK: Final = 64
 """Attempts of which the recent rates are: as many as one integer has room for."""
 
+PROBE_S: Final = 1.0
+"""What a caller is asked to wait for a probe under way: most are over long before they must be."""
+
 _RECENT_MASK: Final = (1 << LOOKED_BACK) - 1
 
 _SMOOTHING: Final = 1 / 16
@@ -286,7 +289,10 @@ class Providers:
         now = self.now()
         if not breaker.may_ask(now):
             why = DISABLED if breaker.state is State.DISABLED else OPEN
-            return Skip(name, why, breaker.wait_s(now))
+            until_s = breaker.wait_s(now)
+            if until_s is not None and breaker.state is State.HALF_OPEN:
+                until_s = min(until_s, PROBE_S)
+            return Skip(name, why, until_s)
         wait_s = 0.0
         if standing.requests is not None and standing.rpm is not None:
             wait_s = standing.requests.wait_s(now, 1, standing.rpm)
