@@ -186,6 +186,30 @@ async def test_a_correction_is_a_number_that_a_spreadsheet_can_add_up(
     assert (row["amount_usd"], row["reason"]) == ("-0.000015000", "'=1+1")
 
 
+async def test_a_correction_names_its_request(
+    front: Front, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GWPROXY_ADMIN_KEY", ADMIN_KEY)
+    answer = await front.chat(chat())
+    request_id = answer.headers["x-request-id"]
+    receipt = await front.client.get(
+        f"/v1/receipts/{request_id}", headers={"Authorization": f"Bearer {front.key}"}
+    )
+    one = {
+        "request_id": request_id, "charged_usd": (await receipt.json())["cost_usd"],
+        "cost_usd": "0.5", "reason": "the log has it",
+    }  # fmt: skip
+    done = await front.client.post("/admin/reconcile", json={"corrections": [one]}, headers=ADMIN)
+    assert done.status == 200, await done.text()
+    folder = tmp_path / "bundle"
+    assert await command.beside("export", "usage", "--output", str(folder), "--url", front.url) == 0
+    [path] = folder.glob("adjustments-*.csv")
+    rows = list(csv.DictReader(io.StringIO(path.read_text())))
+    assert {row["request_id"] for row in rows} == {request_id}
+    assert await command.beside("usage", "--url", front.url) == 0
+    assert "corrections and resets are not in it" in command.err
+
+
 def test_a_table_of_the_other_kind_is_known_by_its_columns(
     command: Command, tmp_path: Path
 ) -> None:

@@ -431,6 +431,7 @@ def _adjusted(month: str, row: Any) -> dict[str, Any]:
         "created_at": None if row["t"] is None else rfc3339(row["t"]),
         "actor": row["actor"],
         "reason": row["reason"],
+        "request_id": row["request_id"],
     }
 
 

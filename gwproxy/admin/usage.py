@@ -94,6 +94,8 @@ class Attempts(msgspec.Struct):
 
 
 class Sums(msgspec.Struct, kw_only=True):
+    """Costs are those charged at the time: later corrections and resets are not in them."""
+
     request_count: int
     succeeded_count: int
     failed_count: int

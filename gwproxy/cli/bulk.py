@@ -23,7 +23,7 @@ _MOST_SHOWN: Final = 20
 _BAR: Final = 30
 
 _ADJUSTMENT_COLUMNS: Final = (
-    *("month", "account", "type", "amount_usd", "created_at", "actor", "reason"),
+    *("month", "account", "type", "amount_usd", "created_at", "actor", "reason", "request_id"),
 )
 _TOTAL_COLUMNS: Final = ("of", "id", "request_count", "cost_usd", "as_of_lsn", "behind")
 """The last two of the whole alone: the last record that is in it, and how many are missing."""

@@ -63,6 +63,7 @@ async def _usage(args: argparse.Namespace, call: Call) -> int:
     total = {**last["total"], **last["total"]["tokens"]}
     name = _GROUPS[args.by][-1]
     print_rows([*shown, {**dict.fromkeys(_GROUPS[args.by], ""), **total, name: "all"}], columns)
+    say("As charged at the time; corrections and resets are not in it: gwproxy export usage")
     if last["behind"]:
         say(f"{last['behind']} records are not in the database yet, and not in these sums.")
     return FINE

@@ -143,9 +143,11 @@ async def attempted(reader: Reader, chosen: Chosen) -> dict[str, tuple[int, int,
 async def adjustments(
     reader: Reader, month: str, after: Sequence[Any], most: int
 ) -> list[sqlite3.Row]:
-    """The lines of a month's accounts that no request stands behind, after the key `after`."""
+    """The lines of a month's accounts that no request made by itself, after the key `after`; a
+    correction with the request that it is about."""
     return await reader.read(
-        "SELECT lsn, account, type, amount, t, actor, reason FROM entry"
+        "SELECT lsn, account, type, amount, t, actor, reason,"
+        " (SELECT id FROM request WHERE request.lsn = entry.reservation) AS request_id FROM entry"
         " WHERE period = ? AND type NOT IN ('settle', 'overrun')"
         " AND (lsn, account, type) > (?, ?, ?) ORDER BY lsn, account, type LIMIT ?",
         (month, *(after or (0, "", "")), most),
