@@ -120,6 +120,8 @@ async def test_in_an_outage_the_closed_are_refused_and_the_open_served_within_th
     }
     with moved_away(front.gateway.database.parent):
         await front.gateway.lines("database lost")
+        told = await asyncio.to_thread(check._worst_case_line, front.gateway.app.config)
+        assert told.startswith("not known: ") and "is gone" in told
         assert await ready(front) == (
             503,
             {"status": "unavailable", "journal": "ok", "database": "lost"},

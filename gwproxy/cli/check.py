@@ -231,6 +231,15 @@ def _worst_case(config: Config) -> dict[str, Any] | None:
 def _worst_case_line(config: Config) -> str:
     found = _worst_case(config)
     if found is None:
+        storage = config.storage
+        if storage.path.exists():
+            return f"not known: {storage.path} cannot be read; `gwproxy doctor` says why"
+        if storage.journal.exists():  # else there was never one
+            return (
+                f"not known: {storage.path} is gone, and the organizations stand in it. A server "
+                "that runs tells of it in `GET /admin/health`; one that starts makes it anew from "
+                f"{storage.journal}"
+            )
         return "nothing yet: there is no database, and so no organization"
     count = found["organizations_served"]
     dollars = _dollars_of(found["usd_per_day"])
