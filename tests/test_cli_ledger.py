@@ -181,3 +181,11 @@ async def test_records_about_long_ago_are_understood_by_every_reader(
         assert balances[ann].figures() == (193, 0, 1, 0)
         assert balances[key].figures() == (-7, 0, 0, 0)
     assert await asyncio.to_thread(shell.run, "verify") == 0, shell.err
+
+
+def test_a_loss_that_is_accepted_leaves_a_backup(shell):
+    """The new journal does not go back to the beginning."""
+    [journal] = {each.parent for each in shell.folder.glob("*/*.journal")}
+    journal.rename(shell.folder / "elsewhere")
+    assert shell.run("accept-loss") == 0, shell.err
+    assert len(list(journal.glob("backup-*.db"))) == 1

@@ -16,6 +16,7 @@ from gwproxy.storage.ledger import Mark
 from gwproxy.storage.segments import Gap, JournalRefused
 from gwproxy.storage.verify import findings
 from tests.office import Disk
+from tests.scene import until
 
 
 def at(folder: Path) -> Kept:
@@ -175,6 +176,18 @@ async def test_a_journal_that_is_gone_is_done_without_only_when_told_to(tmp_path
         await live(tmp_path)
     assert await live(tmp_path, "ben", accept_loss=True) == {"ann", "ben"}
     assert await live(tmp_path) == {"ann", "ben"}
+
+
+async def test_where_neither_backup_nor_beginning_is_left_a_backup_is_made_at_once(
+    tmp_path: Path,
+) -> None:
+    await live(tmp_path, "ann")
+    await back_up(tmp_path)
+    move(tmp_path / "journal", "backup-*")
+    async with opened(at(tmp_path), Log(io.StringIO(), "error"), files=Disk()):
+        await until(lambda: any((tmp_path / "journal").glob("backup-*.db")), 10)
+    move(tmp_path, "gwproxy.db*")
+    assert await live(tmp_path) == {"ann"}
 
 
 async def test_a_journal_of_another_ledger_is_refused(tmp_path: Path) -> None:

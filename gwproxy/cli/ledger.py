@@ -27,7 +27,7 @@ from gwproxy.core.records import AnyRecord, decode
 from gwproxy.core.routing import CATALOGUE
 from gwproxy.core.usage import Usage
 from gwproxy.storage import archive_file, inspect, reports
-from gwproxy.storage.database import DatabaseRefused
+from gwproxy.storage.database import BackupRefused, DatabaseRefused
 from gwproxy.storage.files import OS_FILES
 from gwproxy.storage.ledger import Older, fetch_balance, load_state, loaded_since
 from gwproxy.storage.scan import Scan
@@ -341,6 +341,12 @@ def _rerate(args: argparse.Namespace, config: Config) -> int:
 def _accept_loss(args: argparse.Namespace, config: Config) -> int:
     async def accept() -> int:
         async with opened(config, accept_loss=True) as store:
+            # The new journal does not go back to the beginning: without one, a loss of the
+            # database could not be made good.
+            try:
+                await store.back_up()
+            except BackupRefused as error:
+                print(error, file=sys.stderr)  # the server that starts next tries again
             return store.recovery.settled
 
     settled = asyncio.run(accept())

@@ -400,8 +400,11 @@ class Store:
 
     async def _keep_backups(self) -> None:
         """Back the database up when that is due."""
+        # Without a backup nor a beginning a loss of the database could not be made good.
+        at_once = self.journal.first_lsn > 1 and not self._backups.any
         while True:
-            await asyncio.sleep(BACKUP_LOOK_S)
+            await asyncio.sleep(0 if at_once else BACKUP_LOOK_S)
+            at_once = False
             if self.lost or not self._backups.due(time.time(), self.journal.size_bytes()):
                 continue
             try:
