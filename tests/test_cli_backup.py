@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -35,6 +36,10 @@ def at_home(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GWPROXY_CONFIG", str(front.gateway.database.parent / "config.toml"))
     monkeypatch.setenv("GWPROXY_ADMIN_KEY", ADMIN_KEY)
     monkeypatch.setenv("UPSTREAM_TOKEN", UPSTREAM_TOKEN)
+
+
+def set_listen(config: Path, address: str) -> None:
+    config.write_text(re.sub(r'listen = "[^"]*"', f'listen = "{address}"', config.read_text()))
 
 
 def segment_in(folder: Path) -> Path:
@@ -172,4 +177,16 @@ async def test_what_is_no_good_backup_is_refused(
 
 async def test_reload_needs_a_server(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert await typed("reload", "--url", "http://127.0.0.1:1") == 3
-    assert "No server answers" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "No server answers" in told
+    assert "SIGHUP" not in told
+
+
+async def test_reload_at_a_new_address_hints_at_the_old_one(
+    stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_listen(stopped / "config.toml", "127.0.0.1:1")
+    assert await typed("reload") == 3
+    told = capsys.readouterr().err
+    assert "No server answers at 127.0.0.1:1" in told
+    assert "name the old one by --url" in told and "SIGHUP" in told

@@ -8,7 +8,7 @@ import uvloop
 
 from gwproxy.app import serve
 from gwproxy.assets import AssetError
-from gwproxy.cli.plane import Ask, Call, common_arguments, runs
+from gwproxy.cli.plane import UNREACHABLE, Ask, Call, Stop, common_arguments, runs
 from gwproxy.cli.printing import print_json
 from gwproxy.config import Config, ConfigError, find_config, load
 from gwproxy.core.routing import CATALOGUE
@@ -42,7 +42,17 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
 
 
 async def _reload(args: argparse.Namespace, call: Call) -> int:
-    answer = await call(Ask("POST", ("reload",)))
+    try:
+        answer = await call(Ask("POST", ("reload",)))
+    except Stop as stop:
+        if stop.code != UNREACHABLE or args.url is not None:
+            raise
+        raise Stop(
+            UNREACHABLE,
+            f"{stop} The running server listens where it did when it started: where the "
+            "configuration has another address by now, name the old one by --url, or send the "
+            "process SIGHUP.",
+        ) from stop
     if args.json:
         print_json(answer)
         return FINE
