@@ -261,6 +261,7 @@ class App:
             ledger,
             store.outage,
             find=store.find_request,
+            corrections=store.corrections_of,
             archived=lambda: store.archive.until,
             clock=time.time,
         )

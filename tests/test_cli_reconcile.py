@@ -620,6 +620,15 @@ async def test_corrections_are_checked_before_they_are_made(start_gateway: Start
     assert await result() == "applied"
     assert await result() == "already"
     assert await result(charged_usd="0.5", cost_usd="0.25") == "applied"
+    assert await result(charged_usd="0.25", cost_usd="0.25") == "already"
+    receipt = await front.client.get(
+        f"/v1/receipts/{request_id}", headers={"Authorization": f"Bearer {front.key}"}
+    )
+    found = await receipt.json()
+    assert found["cost_usd"] == cost  # as it was charged, and its formula says
+    assert [(one["cost_usd"], one["reason"]) for one in found["corrections"]] == [
+        ("0.500000000", "a test"), ("0.250000000", "a test"),
+    ]  # fmt: skip
     for changes in ({"cost_usd": "-1"}, {"cost_usd": None}, {"reason": ""}, {"other": 1}):
         assert (await post(**changes))[0] == 400
     usage = await front.client.get("/admin/users/alice/usage", headers=ADMIN)

@@ -19,6 +19,7 @@ from gwproxy.state.accounts import Accounts, figures
 from gwproxy.state.keyring import Keyring
 from gwproxy.state.ledger import Ledger
 from gwproxy.state.outage import Outage
+from gwproxy.storage.reports import Corrected
 
 LAST: Final = 20
 """Requests that the usage view shows."""
@@ -39,16 +40,19 @@ class AccountHandler:
         outage: Outage,
         *,
         find: Callable[[str], Awaitable[Request | None]],
+        corrections: Callable[[Request], Awaitable[list[Corrected] | None]],
         archived: Callable[[], str | None],
         clock: Callable[[], float],
     ) -> None:
-        """`find` looks a request up in the database, `archived` says up to which month it is not
+        """`find` looks a request up in the database, `corrections` what was corrected of it there
+        (None: nobody can tell now), `archived` says up to which month it is not
         there any more; `clock` gives seconds since 1970."""
         self._keyring = keyring
         self._accounts = accounts
         self._ledger = ledger
         self._outage = outage
         self._find = find
+        self._corrections = corrections
         self._archived = archived
         self._clock = clock
 
@@ -87,7 +91,23 @@ class AccountHandler:
             until = self._archived()
             older = f" {_ARCHIVED.format(until)}" if until else ""
             raise NotFound(f"You have no request with this id. {_RECEIPT}{older}")
-        return json_answer(receipt(found), trace.request_id)
+        corrected = None if self._outage.lost else await self._corrections(found)
+        return json_answer(
+            {**receipt(found), **_corrected(found.cost or 0, corrected)}, trace.request_id
+        )
+
+
+def _corrected(cost: int, corrected: list[Corrected] | None) -> dict[str, Any]:
+    """What became of the cost since then; null where the database cannot be asked."""
+    if corrected is None:
+        return {"corrections": None}
+    lines = []
+    for one in corrected:
+        cost += one.amount
+        lines.append(
+            {"created_at": rfc3339(one.t), "cost_usd": format_usd(cost), "reason": one.reason}
+        )
+    return {"corrections": lines}
 
 
 def receipt(found: Request) -> dict[str, Any]:

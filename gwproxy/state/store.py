@@ -57,6 +57,7 @@ from gwproxy.storage.ledger import (
     loaded_since,
     read_mark,
 )
+from gwproxy.storage.reports import Corrected
 from gwproxy.storage.scan import Scan, boot_id, claim, scan
 from gwproxy.storage.segments import CHUNK_BYTES, Gap, JournalRefused
 
@@ -364,6 +365,13 @@ class Store:
     async def find_request(self, request_id: str) -> Request | None:
         """A request that memory does not have any more."""
         return await reports.find_request(self.database, request_id)
+
+    async def corrections_of(self, found: Request) -> list[Corrected] | None:
+        """What was corrected of a request; None where the database cannot tell."""
+        try:
+            return await reports.corrections(self.database, found.lsn)
+        except StorageUnavailable:
+            return None
 
     async def catch_up(self, within_s: float = REPORT_WAITS_S) -> None:
         """Wait, but not for long, until the database has what memory has at this moment."""

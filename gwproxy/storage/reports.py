@@ -25,6 +25,27 @@ async def find_request(database: Database, request_id: str) -> Request | None:
     return _request(dict(rows[0])) if rows else None
 
 
+@dataclass(frozen=True, slots=True)
+class Corrected:
+    """A correction of a request: when, by how much, and why."""
+
+    t: int
+    amount: int
+    reason: str
+
+
+async def corrections(database: Database, lsn: int) -> list[Corrected]:
+    """Those of the request at `lsn`, the oldest first; StorageUnavailable."""
+    async with database.reader() as reader:
+        rows = await reader.read(
+            "SELECT entry.t, amount, reason FROM entry JOIN request ON request.lsn = reservation"
+            " WHERE type = 'reconcile' AND reservation = ? AND account = 'key:' || key_id"
+            " ORDER BY entry.lsn",
+            (lsn,),
+        )
+    return [Corrected(row["t"], row["amount"], row["reason"]) for row in rows]
+
+
 # -- what was charged ----------------------------------------------------------------------------
 
 
