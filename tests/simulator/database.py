@@ -249,6 +249,10 @@ class PlayedBackups:
     def __init__(self, file: DatabaseFile) -> None:
         self._file = file
 
+    @property
+    def any(self) -> bool:
+        return bool(self._file.backups)
+
     def due(self, now: float, journal_bytes: int) -> bool:
         return not self._file.backups or self._file.random.random() < 0.5
 
