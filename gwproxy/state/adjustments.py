@@ -41,7 +41,7 @@ class Adjustments:
     ) -> None:
         ledger = self._ledger
         if self._repeats.find(by.once) is None:
-            ledger.pay()
+            ledger.admit()
             key = (account, ledger.periods()[0])
             record = Adjust(
                 **ledger.stamp(),

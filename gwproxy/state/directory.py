@@ -448,7 +448,7 @@ class Directory:
         before = self.keyring.same(row)
         if row is not before:
             try:
-                ledger.pay()
+                ledger.admit()  # the room that is left may belong to settlements
                 self._post(action, row, by)
             except RecordUncertain as error:
                 raise StorageUnavailable(_UNSURE, retry_after_s=error.retry_after_s) from error

@@ -190,7 +190,7 @@ class Imports:
             raise Conflict(
                 f"Somebody has changed {spoilt} meanwhile: nothing was imported. Send it again."
             )
-        ledger.pay()
+        ledger.admit()
         ledger.post(
             Import(
                 **ledger.stamp(),

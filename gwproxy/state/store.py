@@ -65,8 +65,9 @@ CATCH_UP_S: Final = 10.0
 """On the way out the database gets so long to take what the journal has; the rest comes with the
 next start."""
 
-REPORT_WAITS_S: Final = 0.1
-"""Twice the writer's pause between two commits: when nothing is wrong, a report lacks nothing."""
+REPORT_WAITS_S: Final = 1.0
+"""Twenty times the writer's pause between two commits: where nothing is wrong a report lacks nothing,
+on a busy machine either, and where the database is slow it comes all the same."""
 
 BACKUP_LOOK_S: Final = 60.0
 PAY_EVERY_S: Final = 1.0
