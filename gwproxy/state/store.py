@@ -66,8 +66,8 @@ CATCH_UP_S: Final = 10.0
 next start."""
 
 REPORT_WAITS_S: Final = 1.0
-"""Twenty times the writer's pause between two commits: where nothing is wrong a report lacks nothing,
-on a busy machine either, and where the database is slow it comes all the same."""
+"""Twenty times the writer's pause between two commits: where nothing is wrong a report lacks
+nothing, on a busy machine either; where the database is slow it comes all the same."""
 
 BACKUP_LOOK_S: Final = 60.0
 PAY_EVERY_S: Final = 1.0
