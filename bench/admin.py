@@ -141,6 +141,9 @@ class Administrator:
             raise ChildFailed(f"{method} {path}: {raw.decode()}")
         return orjson.loads(raw) if raw else None
 
+    def close(self) -> None:
+        self._connection.close()
+
 
 def work(admin: Administrator, number: int, users: int) -> Iterator[None]:
     """A round of everything; whoever drives it lets the streams breathe in between."""
@@ -209,6 +212,7 @@ async def measure(
                     await asyncio.sleep(0.01)
             busy += streams.take()
         gone.set()
+    admin.close()
     return admin, quiet, busy
 
 
