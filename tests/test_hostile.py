@@ -363,7 +363,8 @@ async def test_a_storm_of_clients_that_leave_leaves_nothing_behind(
 
 
 async def test_silent_connections_do_not_slow_the_others(start_gateway: StartGateway) -> None:
-    front = await start_gateway("[limits]\nheader_timeout_s = 0.5\n")
+    # Long enough for all of them to have said their part, on a busy machine too.
+    front = await start_gateway("[limits]\nheader_timeout_s = 3\n")
     loop = asyncio.get_running_loop()
     peers = []
     for number in range(300):
@@ -375,8 +376,8 @@ async def test_silent_connections_do_not_slow_the_others(start_gateway: StartGat
         for _ in range(50):
             peer.send(get("/health"))
             assert (await peer.answer()).status == 200
-        assert loop.time() - started < 0.5
-    async with asyncio.timeout(5):
+        assert loop.time() - started < 1.5
+    async with asyncio.timeout(15):
         for reader, writer in peers:
             assert await reader.read() == b""
             writer.close()

@@ -42,7 +42,7 @@ async def play() -> dict[str, Line]:
     await demo.start()
     async with AsyncExitStack() as stack:
         stack.push_async_callback(demo.stop)
-        waiting = "idle_timeout_s = 0.4\nfirst_byte_timeout_s = 0.4\nanswer_timeout_s = 0.4"
+        waiting = "idle_timeout_s = 1\nfirst_byte_timeout_s = 1\nanswer_timeout_s = 2"
         gateways = {
             name: await stack.enter_async_context(gateway(demo, text, token))
             for name, text, token in (
