@@ -22,6 +22,7 @@ import uvloop
 
 from bench import wire
 from bench.children import ChildFailed, Children, Talker
+from bench.contestants import free_port
 from bench.ledger import loop_ns
 from gwproxy.log import Log
 from gwproxy.state.store import Kept, opened
@@ -272,7 +273,7 @@ def run(users: int, requests: int, streams: int, rounds: int, seconds: float) ->
         history(folder / "gwproxy.db", users, requests)
         upstream = children.start((sys.executable, "-m", "bench.upstream"), piped=True)
         ports = Talker(upstream, "the upstream").hear(10)
-        port = ports["plain"] + 1 if ports["plain"] < 65_000 else ports["plain"] - 1
+        port = free_port()
         config = folder / "config.toml"
         config.write_text(CONFIG.format(port=port, upstream=ports["plain"], folder=folder))
         config.chmod(0o600)
