@@ -93,8 +93,9 @@ async def stream(
         raise Over("no-done")
     if ask.kind is Kind.CHAT:
         await wire.send(b"data: [DONE]" + newline * 2)
+    served.completed = True
     await wire.finish()
-    served.completed, served.end = True, "complete"
+    served.end = "complete"
 
 
 async def whole(

@@ -38,7 +38,7 @@ class Served:
     events_sent: int = 0
     """Data events, [DONE] not among them."""
     completed: bool = False
-    """The whole answer went out, [DONE] with it."""
+    """The whole answer went out, [DONE] with it, however the connection ended afterwards."""
     end: str = ""
     """complete, refused, client_left, stopped, or the name of the fault that ended it."""
     cached: bool = False

@@ -133,13 +133,14 @@ class Wire:
             await self.write(_LAST_CHUNK)
 
     async def write(self, data: bytes) -> None:
+        # One turn of the loop: a client that has left is noticed here, and no two writes meet in
+        # one buffer as long as the kernel takes them. It comes before the write: what was written
+        # is noted by the caller before a client that has read it can end the answer by leaving.
+        await asyncio.sleep(0)
         if self._transport.is_closing():
             raise ClientLeft
         self._transport.write(data)
         await self._writer.drain()
-        # One turn of the loop: a client that has left is noticed here, and no two writes meet in
-        # one buffer as long as the kernel takes them.
-        await asyncio.sleep(0)
 
     async def reset(self) -> None:
         """Ends the connection with a TCP reset, behind everything written so far."""
