@@ -25,11 +25,11 @@ from gwproxy.config import (
     ConfigError,
     Listen,
     Secret,
-    _Reader,
     find_config,
     keys_of,
     load,
 )
+from gwproxy.config.reader import Reader
 from gwproxy.core.pricing import PriceBook
 from gwproxy.core.routing import CATALOGUE
 
@@ -166,7 +166,9 @@ def test_no_file_at_all_says_how_to_name_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("gwproxy.config.CONFIG_PATHS", (Path("config.toml"), tmp_path / "none"))
+    monkeypatch.setattr(
+        "gwproxy.config.loading.CONFIG_PATHS", (Path("config.toml"), tmp_path / "none")
+    )
     with pytest.raises(ConfigError, match="name one by --config FILE or GWPROXY_CONFIG"):
         find_config(None, {})
     with pytest.raises(ConfigError, match="does not exist; name one by --config FILE"):
@@ -1148,7 +1150,7 @@ def test_a_key_is_accepted_or_refused_in_words_whatever_it_holds(
         node = node.setdefault("x" if step == "*" else step, {})
     node[key] = value
     try:
-        _Reader(None, tree, CLOUDFLARE, {}).config()
+        Reader(None, tree, CLOUDFLARE, {}).config()
     except ConfigError as error:
         assert all(problem.what and problem.cure for problem in error.problems)
         assert len(str(error).split("\n")) == len(error.problems)
@@ -1157,7 +1159,7 @@ def test_a_key_is_accepted_or_refused_in_words_whatever_it_holds(
 @given(st.dictionaries(st.text(st.characters(codec="utf-8")), values, max_size=4))
 def test_unknown_tables_are_refused_in_words_whatever_they_hold(tree: dict[str, Any]) -> None:
     try:
-        _Reader(None, tree, CLOUDFLARE, {}).config()
+        Reader(None, tree, CLOUDFLARE, {}).config()
     except ConfigError as error:
         assert len(str(error).split("\n")) == len(error.problems)
     else:
