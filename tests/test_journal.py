@@ -1355,6 +1355,23 @@ def test_a_segment_that_has_lost_its_header_to_a_power_cut_is_kept_under_another
     assert later in disk.read(FOLDER / "0000000002.journal.aside")
 
 
+@pytest.mark.parametrize("place", [3, 20, 90, HEADER_BYTES - 1])
+def test_a_damaged_header_of_this_boot_is_not_taken_for_one_that_a_power_cut_took(place):
+    disk = Disk()
+    owner = Owner(disk, FOLDER)
+    owner.write("x" * 3000)
+    owner.boot = "boot-2"
+    owner.start()
+    owner.write("y" * 3000)
+    newest = disk.names[FOLDER / owner.journal.trail().segments[-1].name].cache
+    assert b"boot-2" in newest[:HEADER_BYTES]
+    newest[place] ^= 8
+    with pytest.raises(Corrupt, match="its header cannot be read"):
+        owner.start()
+    owner.boot = "boot-3"  # now it may have been the power cut's own
+    owner.start()
+
+
 def test_a_power_cut_in_the_middle_of_setting_aside_is_taken_up_again(disk, owner):
     written = refill(owner, 3)
     owner.sync()

@@ -17,6 +17,7 @@ FAILED_ONCE = (
     107,  # text relayed above a watermark of which nobody knew whether it was recorded
     142,  # let in after eight seconds without a sync
     493,  # a disk that lied: records that the database alone has
+    1994,  # a damaged header, taken for one that a power cut had taken
 )
 """Seeds that found something. The simulator has grown since, and plays them otherwise by now: each
 fault that can be seen from outside is planted again in `tests.simulator.defects`."""
@@ -33,8 +34,8 @@ def test_the_same_seed_runs_the_same_steps() -> None:
     assert first == second
 
 
-@pytest.mark.survey
-@pytest.mark.timeout(1800)
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_two_thousand_seeds_keep_the_promises() -> None:
     assert [str(failure) for failure in survey(MANY_SEEDS)] == []
 

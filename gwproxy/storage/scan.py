@@ -149,6 +149,7 @@ class _Found:
 
     path: Path
     size: int
+    sector: bytes
     header: Header | None
     unused: bool
     """Its header was not written, or not to its end: it is no part of the journal."""
@@ -175,7 +176,10 @@ def _scan(files: Files, directory: Path, boot_id: str, applied_lsn: int) -> Scan
         raise JournalRefused(
             f"{directory}: has segments of different ledgers. Leave those of one ledger here."
         )
+    # Where a damaged header still says that it was written since the machine started, no power cut
+    # has damaged it.
     same_boot = newest is None or newest.boot_id == boot_id
+    same_boot |= any(one.header is None and boot_id.encode() in one.sector for one in found)
     path: list[_Found] = []
     leftovers: list[_Found] = []
     for one in found:
@@ -224,14 +228,14 @@ def _look(files: Files, path: Path) -> _Found:
         files.close(fd)
     payloads, used, _ = records(data, 0, 1)
     if used < HEADER_BYTES:
-        return _Found(path, size, None, _unfinished(data, 0))
+        return _Found(path, size, data, None, _unfinished(data, 0))
     try:
         header = msgspec.json.decode(payloads[0], type=Header)
     except msgspec.MsgspecError:
         header = None
     if header is None or header.version != VERSION:
         raise JournalRefused(f"{path}: written by another version of gwproxy. Start that one.")
-    return _Found(path, size, header, False)
+    return _Found(path, size, data, header, False)
 
 
 def _unfinished(data: bytes, chain: int) -> bool:

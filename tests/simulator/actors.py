@@ -133,13 +133,12 @@ async def _limit(life: Life, user_id: str) -> None:
 
     try:
         await life.store.directory._record("update", decide)
-        in_force.pop(account, None)
     except StorageUnavailable:
         now = life.store.keyring.user(user_id)
         assert now is not None
         if lower:
             check(now.monthly_limit == limit, "a lower limit is not in force")
-        in_force[account] = now.monthly_limit
+        in_force[account] = (now.monthly_limit, now.version)
         raise
 
 

@@ -226,8 +226,8 @@ class Oracle:
         """By number: what somebody tried to write, in this life."""
         self.provider_daily: dict[str, int] = {}
         self.outage_daily = 0
-        self.in_force: dict[str, int] = {}
-        """Limits that were lowered and could not be recorded: they hold all the same."""
+        self.in_force: dict[str, tuple[int, int]] = {}
+        """Limits of users that are in force and not recorded yet, with their row's version."""
 
     # -- while it runs -----------------------------------------------------------------------------
 
@@ -236,9 +236,19 @@ class Oracle:
         record = json.loads(payload)
         self._look_at(record, degraded)
         self.fold.feed(record)
+        self._recorded(record)
         self.history.append(payload)
         if certain:
             self.safe = len(self.history)
+
+    def _recorded(self, record: dict[str, Any]) -> None:
+        """From here on the user's row says what his limit is."""
+        row = record.get("user")
+        if row is not None:
+            account = f"user:{row['user_id']}"
+            _, version = self.in_force.get(account, (0, 0))
+            if row.get("version", 1) >= version:
+                self.in_force.pop(account, None)
 
     def _look_at(self, record: dict[str, Any], degraded: bool) -> None:
         """What each decision has to be like at the moment at which it is made."""
@@ -290,9 +300,8 @@ class Oracle:
         if scope == "outage":
             own = self.fold.rows["org", name]["fallback_daily_limit"]
             return self.outage_daily if own is None else own
-        recorded = self.fold.limit(account)
-        lowered = self.in_force.get(account)
-        return recorded if lowered is None else lowered
+        in_force = self.in_force.get(account)
+        return self.fold.limit(account) if in_force is None else in_force[0]
 
     def compare(self, lsn: int, t: int, balances: Any, holds: Any, keys: Any) -> None:
         """Memory says what follows from the records."""
