@@ -11,14 +11,23 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
+from gwproxy.cli.children import Failed
+from gwproxy.cli.drill import another_clock, set_clock
 from gwproxy.demo import DemoUpstream
 from tests.harness import ADMIN, bearer
 from tests.kills import (
@@ -74,6 +83,31 @@ def prepared(folder: Path, demo: DemoUpstream, segment_mib: int = 16, **storage:
     return place
 
 
+class MovedClock:
+    """The wall clock of one gateway, which goes by a file and not by the machine."""
+
+    def __init__(self, stamp: Path) -> None:
+        self._stamp = stamp
+        try:
+            self._environ = another_clock(stamp)
+        except Failed as failed:
+            pytest.skip(str(failed))
+
+    def set(self, when: datetime) -> None:
+        set_clock(self._stamp, round((when - datetime.now(UTC)).total_seconds()))
+
+    @property
+    def wrapper(self) -> list[str]:
+        """What comes before the gateway's command."""
+        return ["env", *(f"{name}={value}" for name, value in self._environ.items())]
+
+
+def unprivileged() -> list[str]:
+    """What comes before the gateway's command, so that modes of files hold for it as for any user:
+    root's own rights are left behind."""
+    return ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+
+
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
     """A file system of its own, of that size."""
@@ -115,6 +149,64 @@ async def replaced(place: Place, life: Life) -> AsyncIterator[None]:
     assert older.exists()
     os.replace(older, place.database)
     yield
+
+
+@contextmanager
+def moved_away(folder: Path) -> Iterator[None]:
+    """The database is gone, and what could take its place cannot be put there."""
+    obstacle = folder / "gwproxy.db.unfinished"
+    obstacle.mkdir()
+    away = folder / "away"
+    away.mkdir()
+    for file in folder.glob("gwproxy.db*"):
+        if file.is_file() and not file.name.endswith(".lock"):
+            file.rename(away / file.name)
+    yield
+    # The file last: opened before its log is there it would be given another one.
+    for file in sorted(away.iterdir(), reverse=True):
+        file.rename(folder / file.name)
+    away.rmdir()
+    obstacle.rmdir()
+
+
+@contextmanager
+def immutable(*paths: Path) -> Iterator[None]:
+    """Nobody may write to them, root neither."""
+    files = [str(path) for path in paths]
+    if subprocess.run(["chattr", "+i", *files], capture_output=True).returncode:
+        pytest.skip("this file system, or this user, cannot make a file immutable")
+    try:
+        yield
+    finally:
+        subprocess.run(["chattr", "-i", *files], check=True)
+
+
+@contextmanager
+def unwritable(folder: Path) -> Iterator[None]:
+    """No file can be made in it, nor taken away."""
+    mode = folder.stat().st_mode
+    folder.chmod(0o500)
+    try:
+        yield
+    finally:
+        folder.chmod(mode)
+
+
+def lasting(begin: Callable[[Place], AbstractContextManager[None]]) -> Fault:
+    """What takes no time to begin and to end."""
+
+    @asynccontextmanager
+    async def fault(place: Place, life: Life) -> AsyncIterator[None]:
+        with begin(place):
+            yield
+
+    return fault
+
+
+out_of_reach = lasting(lambda place: moved_away(place.database.parent))
+read_only = lasting(
+    lambda place: immutable(place.database, place.database.with_name("gwproxy.db-wal"))
+)
 
 
 def locked(seconds: float) -> Fault:
@@ -327,8 +419,12 @@ def assert_seen(crowd: Crowd, told: Told, status: int) -> None:
     ), (told, [each for each in crowd.ready if abs(each[1] - told.ended) < 3])
 
 
-def assert_ledger(place: Place, record: Path, got: list[Got]) -> Counter[str]:
+async def assert_ledger(
+    place: Place, demo: DemoUpstream, record: Path, got: list[Got]
+) -> Counter[str]:
     """All of it is in the ledger, once and at the upstream's figures, and the bound was kept."""
+    # Who hears last of an answer that was cut is the upstream.
+    await until(lambda: demo.idle, PATIENCE_S)
     return assert_books(place, record_of(record), got, bounds={"outage:open": BOUND_NANOS})
 
 

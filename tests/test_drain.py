@@ -163,7 +163,7 @@ async def test_two_hundred_streams_end_or_are_settled_when_the_process_is_told_t
     place = prepared(tmp_path / "place", demo)
     config = place.folder / "config.toml"
     config.write_text(config.read_text().replace("drain_s = 1", "drain_s = 4"))
-    models = ("mock/prose+len-60+slow-20", "mock/prose+len-2000+slow-20")
+    models = ("mock/prose+len-60+slow-50", "mock/prose+len-2000+slow-50")
     async with place.life() as life:
         async with crowd(place, life, callers=0) as callers, asyncio.TaskGroup() as group:
             for number in range(200):
@@ -179,7 +179,7 @@ async def test_two_hundred_streams_end_or_are_settled_when_the_process_is_told_t
         assert await life.ended() == 0, place.log.read_text()
         took_s = time.monotonic() - began
     await demo.stop()
-    outcomes = assert_ledger(place, record, callers.got)
+    outcomes = await assert_ledger(place, demo, record, callers.got)
     assert set(outcomes) == {"completed", "cut"} and outcomes.total() == 200, outcomes
     assert outcomes["cut"] >= 100, "half of them are too long for it"
     assert took_s < 12, took_s

@@ -12,6 +12,7 @@ from gwproxy.cli import main
 from gwproxy.cli.drill import Books, failures
 from tests.conftest import StartGateway
 from tests.harness import ADMIN_KEY, UPSTREAM_TOKEN, chat
+from tests.outages import MovedClock
 
 
 @pytest.fixture
@@ -79,7 +80,16 @@ SEEN: dict[str, Any] = {
         ("disk-full", {"served": {"a": 4}}, "ledger and upstream's record differ"),
         ("disk-full", {"served": {"a": 3, "b": 3}}, "ledger and upstream's record differ"),
         ("provider-down", {"refused": 0}, None),
-        ("provider-down", {"breaker_was": "closed"}, "the breaker did not open"),
+        ("provider-down", {"refused": 0, "breaker_was": "closed"}, "the breaker did not open"),
+        ("provider-down", {}, "the next provider did not answer everybody"),
+        ("slow-upstream", {"refused": 0}, None),
+        ("slow-upstream", {"refused": 0, "breaker_was": "closed"}, "the breaker did not open"),
+        ("slow-upstream", {}, "the next provider did not answer everybody"),
+        (
+            "slow-upstream",
+            {"refused": 0, "took_s": 3.1},
+            "somebody waited as long as a slow provider takes",
+        ),
         ("clock-jump", {"month_during": "2026-02"}, "a short leap of the clock was believed"),
     ],
 )
@@ -88,7 +98,7 @@ def test_a_drill_passes_only_where_what_it_is_about_was_seen(
 ) -> None:
     outcome = SEEN | seen
     books = Books(outcome.pop("exposure", 10), {"a": 3}, outcome.pop("served", {"a": 3}))
-    during = [("open", 200, "degraded", 0.1)]
+    during = [("open", 200, "degraded", outcome.pop("took_s", 0.1))]
     during += [("closed", 503, "", 0.1)] * outcome.pop("refused", 1)
     found = failures(fault, 8, 10, outcome, during, books)
     assert found == ([] if missed is None else [missed])
@@ -103,6 +113,30 @@ def test_a_provider_that_is_down_is_left_alone_and_comes_back(
     report = drill("provider-down", capsys, "--seconds", "2")
     assert report["refused"] == 0
     assert report["breaker_was"] in ("open", "half_open")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.usefixtures("nowhere")
+def test_a_provider_that_is_slow_is_not_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+    report = drill("slow-upstream", capsys, "--seconds", "3")
+    assert report["refused"] == 0
+    assert report["breaker_was"] in ("open", "half_open")
+    # The first of them waited, until the gateway gave up; after that it did not ask any more.
+    assert int(str(report["slowest_answer_ms"])) >= 1000
+    assert int(str(report["median_answer_ms"])) < 1000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.usefixtures("nowhere")
+def test_a_short_leap_of_the_clock_begins_no_month(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    MovedClock(tmp_path / "clock")  # or it is skipped
+    report = drill("clock-jump", capsys, "--seconds", "2")
+    assert report["month_before"] == report["month_during"] == report["month_after"]
+    assert report["refused"] == 0
 
 
 @pytest.mark.slow

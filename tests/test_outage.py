@@ -6,8 +6,9 @@ import asyncio
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, closing, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, closing
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,13 @@ from tests.conftest import Front, StartGateway
 from tests.harness import ADMIN, UPSTREAM_TOKEN, bearer, chat, make_key
 from tests.kills import Place, Strike, Where, why_no_tracing
 from tests.outages import (
+    BOUND_NANOS,
     MODEL,
     Apart,
+    Crowd,
     JournalApart,
+    MovedClock,
+    Told,
     assert_ledger,
     assert_told_the_truth,
     crowd,
@@ -32,31 +37,20 @@ from tests.outages import (
     full,
     keep_older,
     locked,
+    moved_away,
+    out_of_reach,
     overwritten,
     prepared,
+    read_only,
     replaced,
     small_disk,
+    unprivileged,
+    unwritable,
 )
 from tests.scene import until
 
 COST = 15_000
 """Nano-USD of the harness's answer: 11 tokens in, 2 out."""
-
-
-@contextmanager
-def moved_away(folder: Path) -> Iterator[None]:
-    """The database is gone, and what could take its place cannot be put there."""
-    obstacle = folder / "gwproxy.db.unfinished"
-    obstacle.mkdir()
-    away = folder / "away"
-    away.mkdir()
-    for file in folder.glob("gwproxy.db*"):
-        if file.is_file() and not file.name.endswith(".lock"):
-            file.rename(away / file.name)
-    yield
-    for file in away.iterdir():
-        file.rename(folder / file.name)
-    obstacle.rmdir()
 
 
 async def organization(front: Front, org_id: str, **fields: Any) -> str:
@@ -262,6 +256,7 @@ FAULTS = {
     "io-error": failing("EIO", "pwrite64"),
     "sync-error": failing("EIO", "fdatasync"),
     "read-only": failing("EROFS", "pwrite64"),
+    "immutable": read_only,
 }
 
 
@@ -286,7 +281,7 @@ async def test_everybody_is_told_the_truth_and_the_ledger_is_whole(
         await life.stop()  # it is the same process
     counts = assert_told_the_truth(callers)
     assert counts["shut", 503, "normal"] and counts["open", 200, "degraded"], counts
-    assert_ledger(place, record, callers.got)
+    await assert_ledger(place, demo, record, callers.got)
     report(place, name, counts)
 
 
@@ -309,29 +304,35 @@ async def test_a_full_disk_is_an_outage_until_there_is_room(
             await life.stop()
         counts = assert_told_the_truth(callers)
         assert counts["shut", 503, "normal"] and counts["open", 200, "degraded"], counts
-        assert_ledger(place, record, callers.got)
+        await assert_ledger(place, demo, record, callers.got)
         report(place, "disk-full", counts)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
+@pytest.mark.parametrize("how", ["full", "unwritable"])
 async def test_with_no_room_for_the_journal_nobody_is_let_in_in_either_mode(
-    tmp_path: Path, demo: DemoUpstream, record: Path
+    tmp_path: Path, demo: DemoUpstream, record: Path, how: str
 ) -> None:
     with small_disk(tmp_path / "small", "4m") as small:
         base = prepared(tmp_path / "place", demo, 1, journal=small / "journal")
         place = JournalApart(base.folder, base.keys, small)
-        async with place.life() as life:
+        async with place.life(*unprivileged()) as life:
             async with crowd(place, life, callers=8) as callers:
                 await callers.burst(40)
-                async with full(small):
+                async with AsyncExitStack() as stack:
+                    if how == "full":
+                        await stack.enter_async_context(full(small))
+                    else:
+                        stack.enter_context(unwritable(place.journal))
                     # What was reserved beforehand is used up first.
-                    async with asyncio.timeout(60):
+                    async with asyncio.timeout(120):
                         while callers.ready[-1][2] != 503:
                             await callers.burst(50)
                     before = len(callers.told)
-                    await asyncio.sleep(1)
-                    during = callers.told[before:]
+                    await until(lambda: len(callers.told) >= before + 60, 20)
+                    # Some of them may have been on their way when it happened.
+                    during = callers.told[before + 20 :]
                     assert {(told.org, told.status, told.code) for told in during} == {
                         ("open", 503, "storage_unavailable"),
                         ("shut", 503, "storage_unavailable"),
@@ -340,7 +341,7 @@ async def test_with_no_room_for_the_journal_nobody_is_let_in_in_either_mode(
                 await until(lambda: callers.told[-1].status == 200, 20)
             await life.stop()
         assert 401 not in {told.status for told in callers.told}
-        assert_ledger(place, record, callers.got)
+        await assert_ledger(place, demo, record, callers.got)
 
 
 @pytest.mark.slow
@@ -365,7 +366,7 @@ async def test_a_thousand_at_once_come_through_both_transitions(
         await life.stop()
     counts = assert_told_the_truth(callers)
     assert sum(counts.values()) >= 2000
-    assert_ledger(place, record, callers.got)
+    await assert_ledger(place, demo, record, callers.got)
     report(place, "thousand", counts)
 
 
@@ -375,14 +376,14 @@ async def test_kill_9_in_an_outage_loses_nothing_and_does_not_renew_the_bound(
     tmp_path: Path, demo: DemoUpstream, record: Path
 ) -> None:
     place = prepared(tmp_path / "place", demo)
-    async with place.life() as life, crowd(place, life) as first, locked(9)(place, life):
+    async with place.life() as life, crowd(place, life) as first, out_of_reach(place, life):
         await first.until("lost")
         while not any(told.status == 429 for told in first.told):
             await first.burst(40)  # until the bound is reached
         life.kill()
     async with place.life() as life:
         async with crowd(place, life, callers=1) as second:
-            async with locked(8)(place, life):
+            async with out_of_reach(place, life):
                 await second.until("lost")
                 # What was held when it was killed may leave a little: no more than that.
                 while not any(told.status == 429 for told in second.told):
@@ -391,7 +392,7 @@ async def test_kill_9_in_an_outage_loses_nothing_and_does_not_renew_the_bound(
         await life.stop()
     for each in (first, second):
         assert_told_the_truth(each)
-    assert_ledger(place, record, [*first.got, *second.got])
+    await assert_ledger(place, demo, record, [*first.got, *second.got])
 
 
 @pytest.mark.slow
@@ -412,7 +413,98 @@ async def test_kill_9_while_the_database_catches_up_books_nothing_twice(
         async with crowd(place, life, callers=1) as second:
             await second.until("ok")
         await life.stop()
-    assert_ledger(place, record, [*first.got, *second.got])
+    await assert_ledger(place, demo, record, [*first.got, *second.got])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+async def test_a_folder_that_may_not_be_written_to_stays_lost_until_it_may(
+    tmp_path: Path, demo: DemoUpstream, record: Path
+) -> None:
+    """What a process has open it may still write to: so the file goes as well, and for want of
+    rights no other can be put there."""
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    base = prepared(tmp_path / "place", demo, path=kept / "gwproxy.db")
+    place = Apart(base.folder, base.keys, kept)
+    async with place.life(*unprivileged()) as life:
+        async with crowd(place, life) as callers:
+            await callers.burst(40)
+            async with deleted(place, life):
+                with unwritable(kept):
+                    await callers.until("lost")
+                    await until(lambda: '"database not rebuilt"' in place.log.read_text(), 30)
+                    await callers.burst(100)
+                    assert callers.ready[-1][3] == "lost"
+            await callers.until("ok")
+            await callers.burst(40)
+        await life.stop()
+    counts = assert_told_the_truth(callers)
+    assert counts["shut", 503, "normal"] and counts["open", 200, "degraded"], counts
+    await assert_ledger(place, demo, record, callers.got)
+    report(place, "unwritable", counts)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+async def test_a_clock_that_leaps_over_a_month_in_an_outage_renews_the_bound_once(
+    tmp_path: Path, demo: DemoUpstream, record: Path
+) -> None:
+    """A new day of the ledger has a bound of its own; one that has been is not begun again."""
+    now = datetime.now(UTC)
+    first = datetime(now.year + now.month // 12, now.month % 12 + 1, 1, tzinfo=UTC)
+    last = first - timedelta(days=1)
+    clock = MovedClock(tmp_path / "clock")
+    clock.set(first - timedelta(minutes=2))
+    place = prepared(tmp_path / "place", demo)
+    async with place.life(*clock.wrapper) as life:
+        async with crowd(place, life) as callers:
+            await callers.burst(40)
+            async with out_of_reach(place, life):
+                await callers.until("lost")
+                await exhausted(callers)
+
+                # As after a machine's sleep: little enough to be believed at once.
+                clock.set(first + timedelta(minutes=2))
+                assert any(told.status == 200 for told in await answers(callers))
+                await exhausted(callers)
+
+                # Back, months back, and on by a month, which nobody believes so soon.
+                for moved in (timedelta(minutes=-2), timedelta(days=-70), timedelta(days=32)):
+                    clock.set(first + moved)
+                    assert {told.status for told in await answers(callers)} == {429}, moved
+                clock.set(first + timedelta(minutes=3))
+            await callers.until("ok")
+            told = [await callers.ask("shut") for _ in range(3)]
+            assert [each.status for each in told if each] == [200] * 3
+        await life.stop()
+    assert_told_the_truth(callers)
+    await assert_ledger(place, demo, record, callers.got)
+    with closing(sqlite3.connect(place.database)) as connection:
+        spent = dict(
+            connection.execute("SELECT period, spent FROM balance WHERE account = 'outage:open'")
+        )
+        assert spent.keys() == {f"{last:%Y-%m-%d}", f"{first:%Y-%m-%d}"}
+        assert all(BOUND_NANOS * 0.9 < each <= BOUND_NANOS for each in spent.values()), spent
+        # Each request was charged to the month of its own time, which never went back.
+        times = connection.execute("SELECT t, period FROM request ORDER BY lsn").fetchall()
+    assert times == sorted(times)
+    assert {period for _, period in times} == {f"{last:%Y-%m}", f"{first:%Y-%m}"}
+    for t, period in times:
+        assert f"{datetime.fromtimestamp(t / 1000, UTC):%Y-%m}" == period
+
+
+async def exhausted(callers: Crowd) -> None:
+    """Ask until nothing is left of the bound, and nothing is held any more that may come back."""
+    async with asyncio.timeout(30):
+        while {told.status for told in await answers(callers)} != {429}:
+            pass
+
+
+async def answers(callers: Crowd) -> list[Told]:
+    """To twenty questions of the open organization, one after the other."""
+    told = [await callers.ask("open") for _ in range(20)]
+    return [each for each in told if each is not None]
 
 
 def report(place: Place, name: str, counts: Counter[tuple[str, int, str]]) -> None:

@@ -46,13 +46,14 @@ PAUSE_S: Final = 0.05
 
 BACK_WITHIN_S: Final = 60.0
 PATIENCE_S: Final = 30.0
-SETTLED_S: Final = 1.5
-"""Traffic before and after the fault, and for the database to come up to the journal."""
-
 JUMP_S: Final = 32 * 86_400
 """Into another month, from whatever day."""
 
-_GOOD, _BAD, _SLOW = "mock/prose+len-20", "prose+status-503", "prose+len-20+delay-3000"
+SLOW_S: Final = 3
+"""What a slow provider takes; the drill's gateway gives up after a third of that."""
+
+_GOOD, _BAD = "mock/prose+len-20", "prose+status-503"
+_SLOW: Final = f"prose+len-20+delay-{SLOW_S * 1000}"
 
 _CONFIG: Final = """\
 # Written by `gwproxy drill`; thrown away with its folder.
@@ -234,12 +235,17 @@ class Scratch:
 
     def wait_for(self, state: str, within_s: float) -> float | None:
         """How long until readiness told this state of the database; None: it did not."""
-        begun = time.monotonic()
-        while time.monotonic() - begun < within_s:
-            if self.ready()[1] == state:
-                return time.monotonic() - begun
-            time.sleep(PAUSE_S)
-        return None
+        return _until(lambda: self.ready()[1] == state, within_s)
+
+    def served(self, since: int) -> bool:
+        """Whether the last answers to each organization were good, since so many answers."""
+        answers = self.answers[since:]
+        last = [[status for org, status, _, _ in answers if org == each] for each in self.keys]
+        return all(statuses[-CALLERS:] == [200] * CALLERS for statuses in last)
+
+    def caught_up(self) -> bool:
+        """Whether the database has all that the journal has."""
+        return bool(self.admin("GET", "health")["records_behind"] == 0)
 
     def books(self) -> "Books":
         """What the ledger has of the drill's own organizations, beside what the upstream has."""
@@ -299,6 +305,16 @@ class Scratch:
                 thread.join(PATIENCE_S)
 
 
+def _until(condition: Callable[[], bool], within_s: float) -> float | None:
+    """How long until it held; None: it did not."""
+    begun = time.monotonic()
+    while time.monotonic() - begun < within_s:
+        if condition():
+            return time.monotonic() - begun
+        time.sleep(PAUSE_S)
+    return None
+
+
 def _drill(name: str, seconds: float, config: Config | None, folder: Path) -> dict[str, Any]:
     prepare, fault, model = _FAULTS[name]
     token = secrets.token_hex(16)
@@ -329,18 +345,21 @@ def _drill(name: str, seconds: float, config: Config | None, folder: Path) -> di
         if copied:
             scratch.admin("POST", "backup")
         with scratch.traffic(model):
-            time.sleep(SETTLED_S)
+            if _until(lambda: scratch.served(0), PATIENCE_S) is None:
+                raise Failed(f"nobody was served before the fault:\n{last_words(folder)}")
             before = len(scratch.answers)
             outcome = fault(scratch, seconds)
-            during = scratch.answers[before:]
-            time.sleep(SETTLED_S)
-            after = scratch.answers[-CALLERS:]
-        time.sleep(SETTLED_S)
+            over = len(scratch.answers)
+            during = scratch.answers[before:over]
+            recovered = _until(lambda: scratch.served(over), PATIENCE_S) is not None
+        _until(scratch.caught_up, PATIENCE_S)
         verified = scratch.command("ledger", "verify")
         words = (verified.stdout or verified.stderr).strip()
         if server.poll() is not None:
             raise Failed(f"the gateway ended by itself:\n{last_words(folder)}")
-        return _report(name, seconds, scratch, outcome, during, after, verified.returncode, words)
+        return _report(
+            name, seconds, scratch, outcome, during, recovered, verified.returncode, words
+        )
 
 
 def _copy_ledger(config: Config | None, scratch: Scratch) -> bool:
@@ -360,7 +379,7 @@ def _report(
     scratch: Scratch,
     outcome: dict[str, Any],
     during: list[tuple[str, int, str, float]],
-    after: list[tuple[str, int, str, float]],
+    recovered: bool,
     verify_code: int,
     words: str,
 ) -> dict[str, Any]:
@@ -368,7 +387,6 @@ def _report(
     served = sum(told == "degraded" and status == 200 for _, status, told, _ in during)
     times = sorted(took_s for _, status, _, took_s in during if status == 200)
     good_keys_refused = sum(status == 401 for _, status, _, _ in scratch.answers)
-    recovered = all(status == 200 for _, status, _, _ in after)
     books = scratch.books()
     failed = [
         *(["the ledger does not verify"] if verify_code else []),
@@ -385,6 +403,7 @@ def _report(
         "served_open": served,
         "exposure_usd": f"{format_usd(books.exposure)} of {format_usd(scratch.bound)} at most",
         "median_answer_ms": round(times[len(times) // 2] * 1000) if times else None,
+        "slowest_answer_ms": round(times[-1] * 1000) if times else None,
         **outcome,
         "good_keys_refused": good_keys_refused,
         "served_afterwards": recovered,
@@ -417,9 +436,13 @@ def failures(
                 found.append("the fault was not noticed")
             if not any(each[:2] == ("closed", 503) for each in during):
                 found.append("the closed organization never got 503")
-        case "provider-down":
+        case "provider-down" | "slow-upstream":
             if outcome["breaker_was"] not in ("open", "half_open"):
                 found.append("the breaker did not open")
+            if any(status != 200 for _, status, _, _ in during):
+                found.append("the next provider did not answer everybody")
+            if any(took_s >= SLOW_S for _, _, _, took_s in during):
+                found.append("somebody waited as long as a slow provider takes")
         case "clock-jump":
             believed = outcome["month_during"] != outcome["month_before"]
             if believed and seconds * 1000 < BELIEVED_AFTER_MS:
@@ -454,9 +477,9 @@ def _outage(scratch: Scratch, seconds: float, end: Callable[[], None]) -> dict[s
     end()
     recovery_s = scratch.wait_for("ok", BACK_WITHIN_S)
     return {
-        "noticed_after_s": None if noticed_s is None else round(noticed_s, 1),
+        "noticed_after_s": _rounded(noticed_s),
         "readiness_was": readiness,
-        "recovery_s": None if recovery_s is None else round(recovery_s, 1),
+        "recovery_s": _rounded(recovery_s),
     }
 
 
@@ -467,20 +490,23 @@ def _upstream_fault(first: str) -> Callable[[Scratch, float], dict[str, Any]]:
         scratch.write(first)
         scratch.admin("POST", "reload")
         time.sleep(seconds)
-        providers = scratch.admin("GET", "providers")["data"]
-        states = {each["provider"]: each["state"] for each in providers}
+        state = _state_of_first(scratch)
         scratch.write("prose+len-20")
         scratch.admin("POST", "reload")
-        begun = time.monotonic()
-        recovery_s = None
-        while recovery_s is None and time.monotonic() - begun < BACK_WITHIN_S:
-            found = scratch.admin("GET", "providers")["data"]
-            if all(each["state"] == "closed" for each in found if each["provider"] == "mock"):
-                recovery_s = round(time.monotonic() - begun, 1)
-            time.sleep(PAUSE_S)
-        return {"breaker_was": states.get("mock"), "recovery_s": recovery_s}
+        recovery_s = _until(lambda: _state_of_first(scratch) == "closed", BACK_WITHIN_S)
+        return {"breaker_was": state, "recovery_s": _rounded(recovery_s)}
 
     return fault
+
+
+def _state_of_first(scratch: Scratch) -> str | None:
+    """Of the breaker of the chain's first provider."""
+    found = scratch.admin("GET", "providers")["data"]
+    return {each["provider"]: each["state"] for each in found}.get("mock")
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 1)
 
 
 def _clock_jump(scratch: Scratch, seconds: float) -> dict[str, Any]:
@@ -494,10 +520,10 @@ def _clock_jump(scratch: Scratch, seconds: float) -> dict[str, Any]:
         return found
 
     before = month()
-    stamp.write_text(f"+{JUMP_S}s\n")
+    set_clock(stamp, JUMP_S)
     time.sleep(seconds)
     during = month()
-    stamp.write_text("+0\n")
+    set_clock(stamp, 0)
     seen = "believed" if during != before else "not believed"
     return {
         "month_before": before,
@@ -528,20 +554,33 @@ def _small_disk(kept: Path, folder: Path, stack: contextlib.ExitStack) -> dict[s
 
 
 def _another_clock(kept: Path, folder: Path, stack: contextlib.ExitStack) -> dict[str, str]:
-    """libfaketime in front of the C library's clocks, the monotonic one left alone."""
+    return another_clock(folder / "clock")
+
+
+def another_clock(stamp: Path) -> dict[str, str]:
+    """The environment of a process whose wall clock goes by this file: libfaketime in front of the
+    C library's clocks, the monotonic one left alone, and the times of files."""
     library = next(
         (str(each) for each in Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")), None
     )
     if shutil.which("faketime") is None or library is None:
-        raise Failed("clock-jump needs libfaketime: apt install faketime")
-    stamp = folder / "clock"
-    stamp.write_text("+0\n")
+        raise Failed("to move a clock needs libfaketime: apt install faketime")
+    set_clock(stamp, 0)
     return {
         "LD_PRELOAD": library,
         "FAKETIME_TIMESTAMP_FILE": str(stamp),
         "FAKETIME_NO_CACHE": "1",
         "DONT_FAKE_MONOTONIC": "1",
+        "NO_FAKE_STAT": "1",
     }
+
+
+def set_clock(stamp: Path, ahead_s: int) -> None:
+    """By so much ahead of the machine's, from now on. It is read with each look at the clock, and
+    half a file would be another time."""
+    new = stamp.with_name(f"{stamp.name}.new")
+    new.write_text(f"{ahead_s:+}s\n")
+    new.replace(stamp)
 
 
 _FAULTS: Final[dict[str, tuple[Prepare, Callable[[Scratch, float], dict[str, Any]], str]]] = {

@@ -33,6 +33,7 @@ output = "1000"
 CROWD: Final = 50
 READ_EVENTS: Final = 25
 PATIENCE_S: Final = 30
+LOOK_EVERY_S: Final = 0.02
 
 
 class NotShown(Exception):
@@ -78,16 +79,17 @@ class Stage:
 
     def wait_until_ready(self, wanted: int) -> float:
         """Until readiness is answered with this status; how many seconds that took."""
-        begun = time.monotonic()
-        while self.send("GET", "/health/ready", {})[0] != wanted:
-            if time.monotonic() - begun > PATIENCE_S:
-                raise NotShown(f"readiness did not become {wanted}")
-            time.sleep(0.05)
-        return time.monotonic() - begun
+        return _until(
+            lambda: self.send("GET", "/health/ready", {})[0] == wanted,
+            f"readiness did not become {wanted}",
+        )
 
     def verify(self) -> bool:
         """Print what `gwproxy ledger verify` says; whether it is content."""
-        time.sleep(0.2)  # the database is a moment behind the journal
+        _until(
+            lambda: self.ask("GET", "/admin/health", self.admin)["records_behind"] == 0,
+            "the database did not come up to the journal",
+        )
         verified = subprocess.run(
             [sys.executable, "-m", "gwproxy", "ledger", "verify", "--config", str(self.config)],
             env=self.environ,
@@ -103,6 +105,16 @@ class Stage:
         self.ask("POST", "/admin/users", self.admin, {"user_id": user_id, **fields})
         made = self.ask("POST", f"/admin/users/{user_id}/api-keys", self.admin, {})
         return {"Authorization": f"Bearer {made['api_key']}"}
+
+
+def _until(condition: Callable[[], bool], otherwise: str) -> float:
+    """How many seconds it took until it held; NotShown, in these words, where it did not."""
+    begun = time.monotonic()
+    while not condition():
+        if time.monotonic() - begun > PATIENCE_S:
+            raise NotShown(otherwise)
+        time.sleep(LOOK_EVERY_S)
+    return time.monotonic() - begun
 
 
 def _chat(model: str, **fields: Any) -> dict[str, Any]:

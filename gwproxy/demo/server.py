@@ -125,6 +125,11 @@ class DemoUpstream:
         return self._books.requests
 
     @property
+    def idle(self) -> bool:
+        """No answer is being played: each one that was begun has its line in the record."""
+        return not self._wires
+
+    @property
     def url(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'https' if self._ssl else 'http'}://{host}:{self.port}"
