@@ -240,6 +240,10 @@ class Metrics:
         self.journal_bytes = self._gauge(
             "gwproxy_journal_bytes", "Size of the journal's segments on disk."
         ).child()
+        self.segments_missing = self._gauge(
+            "gwproxy_journal_segments_missing",
+            "Segments of the journal that somebody has taken away.",
+        ).child()
         self.last_backup_at = self._gauge(
             "gwproxy_last_backup_timestamp_seconds",
             "When the newest backup of the database was made, in seconds since 1970; 0: never.",

@@ -114,6 +114,9 @@ class Disk:
     def stands(self, fd, path):
         return self.names.get(path) is self.fds[fd]
 
+    def there(self, path):
+        return path in self.names
+
     def rename(self, old, new):
         self.names[new] = self.names.pop(old)
 

@@ -57,6 +57,7 @@ CONTRACT = {
     "gwproxy_auth_failures_total": (),
     "gwproxy_journal_bytes": (),
     "gwproxy_journal_state": (),
+    "gwproxy_journal_segments_missing": (),
     "gwproxy_build_info": ("version", "python"),
     "gwproxy_log_lines_dropped_total": (),
     "gwproxy_last_backup_timestamp_seconds": (),
@@ -74,7 +75,7 @@ FROM_THE_START = {
     *("gwproxy_hold_oldest_seconds", "gwproxy_overruns_total", "gwproxy_storage_state"),
     *("gwproxy_journal_state", "gwproxy_journal_bytes", "gwproxy_ledger_queue"),
     *("gwproxy_ledger_commit_seconds", "gwproxy_log_lines_dropped_total"),
-    "gwproxy_last_backup_timestamp_seconds",
+    *("gwproxy_last_backup_timestamp_seconds", "gwproxy_journal_segments_missing"),
     *("process_start_time_seconds", "process_resident_memory_bytes", "process_open_fds"),
 }
 MOMENTS = {

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from aiohttp.test_utils import TestClient
 
 from gwproxy.cli import check
 from gwproxy.demo import DemoUpstream
 from gwproxy.storage.verify import findings
 from tests.conftest import Front, StartGateway
-from tests.harness import ADMIN, UPSTREAM_TOKEN, bearer, chat, make_key
+from tests.harness import ADMIN, UPSTREAM_TOKEN, Gateway, bearer, chat, make_key
 from tests.kills import Place, Strike, Where, why_no_tracing
 from tests.outages import (
     BOUND_NANOS,
@@ -111,11 +112,18 @@ async def test_in_an_outage_the_closed_are_refused_and_the_open_served_within_th
     assert told["failure"]["worst_case"] == {
         "organizations_served": 1,
         "usd_per_day": "0.000050000",
+        "unknown": None,
     }
     with moved_away(front.gateway.database.parent):
         await front.gateway.lines("database lost")
-        told = await asyncio.to_thread(check._worst_case_line, front.gateway.app.config)
-        assert told.startswith("not known: ") and "is gone" in told
+        line = await asyncio.to_thread(check._worst_case_line, front.gateway.app.config)
+        assert line.startswith("not known: ") and "is gone" in line
+        summary = await asyncio.to_thread(check.summary, front.gateway.app.config)
+        assert summary["failure"]["worst_case"] == {
+            "organizations_served": None,
+            "usd_per_day": None,
+            "unknown": line.removeprefix("not known: "),
+        }
         assert await ready(front) == (
             503,
             {"status": "unavailable", "journal": "ok", "database": "lost"},
@@ -223,6 +231,39 @@ async def test_without_its_journal_nobody_is_served_in_either_mode(
     await until_ready(front)
     await caught_up(front)
     assert rows(front, "SELECT count(*), sum(cost) FROM request") == [(1, COST)]
+
+
+async def test_a_segment_that_is_taken_away_is_told_and_made_good_beside_the_traffic(
+    start_gateway: StartGateway,
+) -> None:
+    """A lost database would be made anew from it: so what it was needed for is backed up now."""
+    before = await start_gateway()
+    assert (await ask(before, before.key)).status == 200
+    await before.client.close()
+    folder = before.gateway.database.parent
+    gateway = Gateway(folder, before.gateway._config)
+    async with TestClient(gateway) as client:
+        front = Front(client, gateway, before.key)
+        assert await metric(front, "gwproxy_journal_segments_missing") == 0
+        oldest, *_, active, spare = sorted((folder / "journal").glob("*.journal"))
+        oldest.unlink()
+        spare.unlink()
+        [line] = await front.gateway.lines("journal segment missing")
+        assert (line["level"], line["files"]) == ("error", [oldest.name])
+        assert (await ask(front, front.key)).status == 200
+        await front.gateway.lines("backed up")
+        await front.gateway.lines("no journal segment missing any more")
+        assert await metric(front, "gwproxy_journal_segments_missing") == 0
+        assert (await ask(front, front.key)).headers["x-gateway-mode"] == "normal"
+        # Another spare was prepared, and the active one is not touched.
+        assert active.exists()
+        assert len([*(folder / "journal").glob("*.journal")]) == 2
+        assert (await ready(front))[0] == 200
+
+        front.gateway.database.unlink()
+        await front.gateway.lines("database recovered")
+        await caught_up(front)
+        assert rows(front, "SELECT count(*), sum(cost) FROM request") == [(3, 3 * COST)]
 
 
 async def until_ready(front: Front) -> None:

@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -15,6 +16,7 @@ import orjson
 from gwproxy.app import build_routes, terms
 from gwproxy.cli.prices.table import configured
 from gwproxy.config import Config, ConfigError, Model, Problem, Provider, find_config, load
+from gwproxy.core.identity import Organization
 from gwproxy.core.money import format_usd
 from gwproxy.core.routing import CATALOGUE
 from gwproxy.core.upstream_words import CHAT_PATHS
@@ -216,30 +218,35 @@ def _provider_line(provider: Provider, root: str) -> str:
     return ", ".join(words)
 
 
-def _worst_case(config: Config) -> dict[str, Any] | None:
-    """What a day without the database can cost, by the organizations that are there now; None:
-    there is no database to find them in."""
+def _worst_case(config: Config) -> dict[str, Any]:
+    """What a day without the database can cost, by the organizations that are there now; or the
+    reason why that is not known."""
+    storage = config.storage
+    unknown: str | None = None
+    found: Sequence[Organization] = ()
     try:
-        with inspect.tables(config.storage.path) as tables:
+        with inspect.tables(storage.path) as tables:
             found = asyncio.run(tables.run(organizations))
-    except DatabaseRefused:
-        return None
+    except DatabaseRefused as error:
+        if storage.path.exists():
+            unknown = f"{str(error).rstrip('.')}; `gwproxy doctor` says more"
+        elif storage.journal.exists():  # else there was never one, and so no organization
+            unknown = (
+                f"{storage.path} is gone, and the organizations stand in it. A server that runs "
+                "tells of it in `GET /admin/health`; one that starts makes it anew from "
+                f"{storage.journal}"
+            )
+    if unknown is not None:
+        return {"organizations_served": None, "usd_per_day": None, "unknown": unknown}
     count, nanos = terms(config).worst_case(found)
-    return {"organizations_served": count, "usd_per_day": format_usd(nanos)}
+    return {"organizations_served": count, "usd_per_day": format_usd(nanos), "unknown": None}
 
 
 def _worst_case_line(config: Config) -> str:
     found = _worst_case(config)
-    if found is None:
-        storage = config.storage
-        if storage.path.exists():
-            return f"not known: {storage.path} cannot be read; `gwproxy doctor` says why"
-        if storage.journal.exists():  # else there was never one
-            return (
-                f"not known: {storage.path} is gone, and the organizations stand in it. A server "
-                "that runs tells of it in `GET /admin/health`; one that starts makes it anew from "
-                f"{storage.journal}"
-            )
+    if found["unknown"] is not None:
+        return f"not known: {found['unknown']}"
+    if not config.storage.path.exists():
         return "nothing yet: there is no database, and so no organization"
     count = found["organizations_served"]
     dollars = _dollars_of(found["usd_per_day"])

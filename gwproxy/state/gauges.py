@@ -22,6 +22,7 @@ def show_ledger(metrics: Metrics, store: Store, accounts: Accounts) -> None:
     metrics.degraded_exposure.value = exposure / NANOS_PER_USD
     metrics.journal_state.value = journal.lost is not None
     metrics.journal_bytes.value = journal.size_bytes()
+    metrics.segments_missing.value = store.segments_missing
     metrics.last_backup_at.value = store.last_backup_at() or 0
     metrics.ledger_queue.value = state.lsn - store.writer.applied
 

@@ -359,6 +359,11 @@ class Store:
         database = self.outage.words if self.outage.lost else None
         return Condition(draining, self.journal.lost, database, closed)
 
+    @property
+    def segments_missing(self) -> int:
+        """How many of the journal's segments somebody has taken away."""
+        return len(self._upkeep.missing)
+
     def last_backup_at(self) -> float | None:
         """When the newest backup was made, in seconds since 1970."""
         return self._backups.newest_at()
@@ -408,13 +413,19 @@ class Store:
         return str(file), mark
 
     async def _keep_backups(self) -> None:
-        """Back the database up when that is due."""
+        """Back the database up when that is due, and when the journal has lost a part of what
+        would be needed beside the backup before."""
+        upkeep = self._upkeep
         # Without a backup nor a beginning a loss of the database could not be made good.
         at_once = self.journal.first_lsn > 1 and not self._backups.any
         while True:
-            await asyncio.sleep(0 if at_once else BACKUP_LOOK_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0 if at_once else BACKUP_LOOK_S):
+                    await upkeep.more_missing.wait()
+            upkeep.more_missing.clear()
             at_once = False
-            if self.lost or not self._backups.due(time.time(), self.journal.size_bytes()):
+            due = self._backups.due(time.time(), self.journal.size_bytes())
+            if self.lost or not (due or upkeep.missing):
                 continue
             try:
                 await self.back_up()

@@ -45,6 +45,10 @@ class Upkeep:
         self._unsynced_since: float | None = None
         """Since when something has been written and no sync has succeeded."""
         self._was_lost: str | None = None
+        self.missing: set[str] = set()
+        """Segments that somebody has taken away."""
+        self.more_missing = asyncio.Event()
+        """Set with each that is found; for whoever makes that good."""
 
     async def durable(self, lsn: int) -> None:
         """Return when the record `lsn` and all before it are on the disk: one sync for many.
@@ -147,7 +151,26 @@ class Upkeep:
                 self._log.event(level, event, cause=lost)
             if lost is not None:
                 self._give_up()
+            else:  # the folder is there
+                self._look_around()
             await asyncio.sleep(LOOK_EVERY_S)
+
+    def _look_around(self) -> None:
+        try:
+            names = self._journal.look_around()
+        except OSError:  # what cannot be looked at is not known to be missing
+            return
+        before, self.missing = self.missing, names
+        if names - before:
+            self._log.event(
+                "error",
+                "journal segment missing",
+                files=sorted(names),
+                cure="a backup is made now, which does without it; where that fails, put it back",
+            )
+            self.more_missing.set()
+        elif before and not names:
+            self._log.event("info", "no journal segment missing any more")
 
     @asynccontextmanager
     async def _thread(self, ticket: _Ticket) -> AsyncIterator[OSError | None]:

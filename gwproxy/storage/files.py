@@ -45,6 +45,9 @@ class Files(Protocol):
     def stands(self, fd: int, path: Path, /) -> bool:
         """Whether `path` is the file of this descriptor."""
 
+    def there(self, path: Path, /) -> bool:
+        """Whether there is a file of that name."""
+
     def rename(self, old: Path, new: Path, /) -> None: ...
 
     def unlink(self, path: Path, /) -> None: ...
@@ -92,6 +95,13 @@ class OsFiles:
             return os.path.samestat(os.fstat(fd), os.stat(path))
         except FileNotFoundError:
             return False
+
+    def there(self, path: Path, /) -> bool:
+        try:
+            os.stat(path)
+        except FileNotFoundError:
+            return False
+        return True
 
     def read(self, path: Path, /) -> bytes:
         return path.read_bytes()

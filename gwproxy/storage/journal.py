@@ -303,6 +303,19 @@ class Journal:
         else:
             self._gone = None if there else f"{path} is gone, or another file stands there"
 
+    def look_around(self) -> set[str]:
+        """See whether the files that are not written to just now still stand in the folder: the
+        names of the segments that do not, without which a lost database could not be made anew. A
+        spare that does not is given up, so that another one is prepared."""
+        spare = self._spare
+        if spare is not None and not self.files.stands(
+            spare.fd, self.directory / segment_name(spare.number)
+        ):
+            self._spare, self._no_spare = None, "the spare segment is gone"
+            self._unused.append(spare.fd)
+        older = (segment.name for segment in self._segments[:-1])
+        return {name for name in older if not self.files.there(self.directory / name)}
+
     @property
     def end(self) -> Cursor:
         """Where the last whole record ends that can be read."""

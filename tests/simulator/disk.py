@@ -323,6 +323,9 @@ class DiskFiles:
     def stands(self, fd: int, path: Path, /) -> bool:
         return self.disk.names.get(path) is self._open.get(fd)
 
+    def there(self, path: Path, /) -> bool:
+        return path in self.disk.names
+
     def rename(self, old: Path, new: Path, /) -> None:
         self._enter()
         node = self.disk.names.get(old)
