@@ -72,6 +72,29 @@ async def test_an_update_changes_what_was_asked_and_keeps_the_rest(
     assert await run("cloudflare", "gateways", "update", "demo") == 2
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--cache-ttl", "59", "60 to 2592000"),
+        ("--cache-ttl", "2592001", "60 to 2592000"),
+        ("--cache-ttl", "-5", "0 is no cache"),
+        ("--cache-ttl", "a day", "0 is no cache"),
+        ("--retries", "0", "1 to 5"),
+        ("--retries", "6", "1 to 5"),
+        ("--log-limit", "0", "1 to 10000000"),
+        ("--store-id", "../other", "Secrets Store"),
+    ],
+)
+async def test_a_setting_that_cloudflare_would_refuse_is_refused_here(
+    run: Shell, demo: DemoUpstream, option: str, value: str, says: str
+) -> None:
+    before = len(demo.requests)
+    words = ("cloudflare", "gateways", "update", "demo", f"{option}={value}", "--yes")
+    assert await run(*words) == 2
+    assert f"argument {option}: " in run.err and says in run.err
+    assert len(demo.requests) == before
+
+
 async def test_a_gateway_is_deleted_by_whoever_types_its_id(run: Shell, demo: DemoUpstream) -> None:
     assert await run("cloudflare", "gateways", "delete", "demo", stdin="y\n") == 1
     assert "its callers will be refused" in run.err
@@ -195,3 +218,20 @@ async def test_setup_changes_what_does_not_suit(run: Shell, demo: DemoUpstream) 
     assert "authentication" in run.out and "off -> on" in run.out
     assert demo.management.gateways["demo"]["authentication"] is True
     assert demo.management.gateways["demo"]["cache_ttl"] is None
+
+
+async def test_setup_names_the_store_that_holds_the_keys(run: Shell, demo: DemoUpstream) -> None:
+    as_it_should_be = {"log_management_strategy": "DELETE_OLDEST", "store_id": None}
+    demo.management.gateways["demo"] |= as_it_should_be
+    demo.management.provider_configs["demo"].clear()
+    assert await run("cloudflare", "setup") == 1
+    assert "gwproxy cloudflare setup --store-id ID" in run.err
+    assert await run("cloudflare", "keys", "store", "openai", stdin=SECRET) == 1
+    assert "no Secrets Store" in run.err
+    assert await run("cloudflare", "setup", "--store-id", "store_1", stdin="y\n") == 1
+    assert "off -> store_1" in run.out
+    assert demo.management.gateways["demo"]["store_id"] == "store_1"
+    assert await run("cloudflare", "keys", "store", "openai", stdin=SECRET) == 0, run.err
+    words = ("cloudflare", "setup", "--gateway", "third", "--store-id", "store_2", "--yes")
+    assert await run(*words) == 1  # there are no keys yet
+    assert demo.management.gateways["third"]["store_id"] == "store_2"

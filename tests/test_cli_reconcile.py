@@ -30,7 +30,7 @@ from gwproxy.log import Log
 from gwproxy.state.store import Kept, opened
 from gwproxy.storage.reconcile import beside, one_run
 from tests.account import TOKEN, Shell, config_text, shell
-from tests.conftest import StartGateway
+from tests.conftest import Front, StartGateway
 from tests.harness import ADMIN, ADMIN_KEY
 from tests.office import Disk
 from tests.scene import metric
@@ -509,6 +509,19 @@ async def test_a_file_that_is_no_export_ends_with_2_and_one_line(run: Shell, dat
 # -- a running server ------------------------------------------------------------------------------
 
 
+def beside_a_server(front: Front, monkeypatch: pytest.MonkeyPatch) -> Shell:
+    run = Shell(front.gateway.database.parent, monkeypatch)
+    monkeypatch.chdir(run.folder)
+    for name, value in (
+        ("GWPROXY_CONFIG", str(run.folder / "config.toml")),
+        ("CLOUDFLARE_API_TOKEN", TOKEN),
+        ("GWPROXY_ADMIN_KEY", ADMIN_KEY),
+        ("GWPROXY__STORAGE__JOURNAL_SEGMENT_BYTES", "1048576"),
+    ):
+        monkeypatch.setenv(name, value)
+    return run
+
+
 async def test_a_running_server_corrects_itself_once(
     start_gateway: StartGateway,
     demo: DemoUpstream,
@@ -538,15 +551,7 @@ async def test_a_running_server_corrects_itself_once(
         if each["tokens_in"] is not None and not each["success"]:
             each["success"], each["status_code"] = True, 200
 
-    run = Shell(front.gateway.database.parent, monkeypatch)
-    monkeypatch.chdir(run.folder)
-    for name, value in (
-        ("GWPROXY_CONFIG", str(run.folder / "config.toml")),
-        ("CLOUDFLARE_API_TOKEN", TOKEN),
-        ("GWPROXY_ADMIN_KEY", ADMIN_KEY),
-        ("GWPROXY__STORAGE__JOURNAL_SEGMENT_BYTES", "1048576"),
-    ):
-        monkeypatch.setenv(name, value)
+    run = beside_a_server(front, monkeypatch)
     to = stamp(int(time.time() * 1000) + 1000)
     words = ("reconcile", "--to", to, "--url", front.url, "--apply", "--json")
     await run(*words)
@@ -585,6 +590,42 @@ async def test_a_running_server_corrects_itself_once(
     assert await metric(front, "gwproxy_reconcile_lines", kind="cached") == 1
     drift = await metric(front, "gwproxy_reconcile_drift_usd")
     assert drift == pytest.approx(float(sum_of_drift(run)), abs=1e-12)
+
+
+async def test_two_runs_that_meet_within_an_hour_show_all_of_both(
+    start_gateway: StartGateway,
+    demo: DemoUpstream,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    front = await start_gateway(config=config_text(demo), CLOUDFLARE_API_TOKEN=TOKEN)
+    run = beside_a_server(front, monkeypatch)
+    made = []
+    for _ in range(4):
+        answer = await front.chat(
+            {"model": "openai/gpt-4o-mini", "messages": [{"role": "user", "content": "Hi"}]}
+        )
+        assert answer.status == 200, await answer.text()
+        made.append(demo.management.logs.rows[-1]["created_at"])
+        await asyncio.sleep(0.002)  # the log knows no more than milliseconds
+    assert len(set(made)) == 4
+    first, last = (int(datetime.fromisoformat(t).timestamp() * 1000) for t in (made[0], made[-1]))
+
+    async def seen() -> dict[str, Any]:
+        answer = await front.client.get("/admin/usage?group_by=provider", headers=ADMIN)
+        [line] = (await answer.json())["data"]
+        found: dict[str, Any] = line["gateway"]
+        return found
+
+    spans = [(stamp(first), made[2]), (made[2], stamp(last + 1)), (made[1], stamp(last + 1))]
+    for span, count in zip(spans, (2, 4, 4), strict=True):
+        await run("reconcile", "--from", span[0], "--to", span[1], "--url", front.url, "--json")
+        found = await seen()
+        assert found["request_count"] == count, run.err
+        assert found["covered_s"] == 0  # it took less
+    # A log that has forgotten takes nothing back.
+    demo.management.logs.clear()
+    await run("reconcile", "--from", stamp(first - 9000), "--to", stamp(last + 1), "--json")
+    assert (await seen())["request_count"] == 4
 
 
 async def test_corrections_are_checked_before_they_are_made(start_gateway: StartGateway) -> None:

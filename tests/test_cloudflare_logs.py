@@ -114,6 +114,53 @@ async def test_a_failure_costs_nothing_that_was_fetched(
     assert bring_in.kept.gaps(START, START + HOUR) == []
 
 
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("page_rows", [7, 20, 1000])
+async def test_a_page_has_as_many_rows_as_the_api_likes(
+    bring_in: Bring, demo: DemoUpstream, page_rows: int, counted: bool
+) -> None:
+    logs = demo.management.logs
+    logs.page_rows, logs.counted = page_rows, counted
+    logs.plant(rows(130))
+    assert await bring_in() == Fetched()
+    assert bring_in.kept.count_theirs() == 130
+
+
+async def test_a_log_that_does_not_say_how_long_it_is_is_read_in_spans(
+    bring_in: Bring, demo: DemoUpstream
+) -> None:
+    demo.management.logs.counted = False
+    demo.management.logs.plant(rows(5_500, every_ms=200))
+    assert await bring_in() == Fetched()
+    assert bring_in.kept.count_theirs() == 5_500
+
+
+async def test_rows_that_come_and_go_meanwhile_push_none_out(
+    bring_in: Bring, demo: DemoUpstream
+) -> None:
+    logs = demo.management.logs
+    logs.plant(rows(400, every_ms=1000))
+
+    def change() -> None:
+        # A full log drops its oldest rows as new ones come: the others move up.
+        if pages(demo) in (2, 4, 5):
+            kept = logs.rows[30:]
+            more = rows(400 + 10 * pages(demo), every_ms=1000)[-10:]
+            logs.clear()
+            logs.plant([*kept, *more])
+
+    logs.before_page = change
+    fetched = await bring_in()
+    assert fetched == Fetched()
+    found = {row.id for row, _ in bring_in.kept.unclaimed(START, START + HOUR)}
+    assert {row["id"] for row in logs.rows} <= found
+
+
+async def test_what_is_still_to_come_is_asked_for_again(bring_in: Bring) -> None:
+    await bring_in(START, START + 2 * HOUR)  # it is one hour after the start
+    assert bring_in.kept.gaps(START, START + 2 * HOUR) == [(START + HOUR, START + 2 * HOUR)]
+
+
 async def test_repeated_and_disordered_rows_are_one_each(
     bring_in: Bring, demo: DemoUpstream
 ) -> None:

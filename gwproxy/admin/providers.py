@@ -15,7 +15,7 @@ from gwproxy.state import providers as standings
 from gwproxy.state.accounts import Accounts, figures
 from gwproxy.state.gateway_side import GatewaySide
 from gwproxy.state.ledger import Ledger
-from gwproxy.storage.reconcile import Sum
+from gwproxy.storage.gateway_sums import Sum
 
 Rate = Annotated[
     float | None,

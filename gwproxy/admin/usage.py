@@ -20,7 +20,7 @@ from gwproxy.core.period import rfc3339
 from gwproxy.state.accounts import figures
 from gwproxy.state.store import Store
 from gwproxy.storage import reports
-from gwproxy.storage.reconcile import Sum
+from gwproxy.storage.gateway_sums import Sum
 from gwproxy.storage.reports import Chosen, Sought
 
 _TYPES: Final[dict[str, type]] = {"day": int}
@@ -106,7 +106,8 @@ class Sums(msgspec.Struct, kw_only=True):
 
 
 class Gateway(msgspec.Struct):
-    """The same by the gateway's own log, as far as it was reconciled. Its cost is an estimate."""
+    """The same by the gateway's own log, as far as it was reconciled: `covered_s` is how many
+    seconds of the report's days were. Its cost is an estimate."""
 
     request_count: int
     failed_count: int
@@ -115,6 +116,7 @@ class Gateway(msgspec.Struct):
     output_tokens: int
     cost_usd: ShownUsd
     mean_duration_ms: int | None
+    covered_s: int
 
     @classmethod
     def of(cls, found: Sum) -> "Gateway":
@@ -126,6 +128,7 @@ class Gateway(msgspec.Struct):
             found.output,
             format_usd(found.cost),
             _mean(found.duration_ms, found.requests),
+            found.covered_ms // 1000,
         )
 
 

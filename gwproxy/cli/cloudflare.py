@@ -55,7 +55,12 @@ _WRITABLE: Final = (
 """What an update may say. It replaces a gateway whole, so all of it is said again."""
 
 _GATEWAY_ID: Final = re.compile(r"(?=.{1,64}\Z)[a-z0-9_]+(?:-[a-z0-9_]+)*")
+_STORE_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _KEY: Final = re.compile(r"[\x21-\x7e]{8,4096}")
+_LONGEST_CACHE_S: Final = 30 * 86_400
+_MOST_ATTEMPTS: Final = 5
+_MOST_LOGS: Final = 10_000_000
+"""What Cloudflare accepts: said here, before anything is asked or sent."""
 
 
 class _Stop(Exception):
@@ -88,6 +93,7 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
         description="Makes the gateway, or changes what does not suit; asks for the provider keys "
         "that are missing; prints the lines to put into the configuration. May be run again.",
     )
+    _add_store_id(setup)
     setup.set_defaults(func=_runs(_setup))
 
     gateways = family.add_parser("gateways", help="list, show, create, update, delete")
@@ -147,12 +153,52 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         ("--byok-only", "never fall back on bought credit"),
     ):
         parser.add_argument(option, choices=["on", "off"], help=words)
-    parser.add_argument("--cache-ttl", type=int, metavar="SECONDS", help="0: no cache")
-    parser.add_argument("--retries", type=int, metavar="N", help="attempts of its own; 1: none")
+    parser.add_argument(
+        "--cache-ttl", type=_cache_ttl, metavar="SECONDS", help="60 to 2592000; 0: no cache"
+    )
+    parser.add_argument(
+        "--retries", type=_retries, metavar="N", help="attempts of its own, 1 to 5; 1: none again"
+    )
     parser.add_argument("--rate-limit", metavar="N/SECONDS", help='such as "1000/60"; "off"')
-    parser.add_argument("--log-limit", type=int, metavar="N", help="how many logs are kept")
+    parser.add_argument("--log-limit", type=_log_limit, metavar="N", help="how many logs are kept")
     parser.add_argument("--when-full", choices=["delete-oldest", "stop"], help="of the log")
-    parser.add_argument("--store-id", metavar="ID", help="the Secrets Store that holds its keys")
+    _add_store_id(parser)
+
+
+def _add_store_id(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--store-id", type=_store_id, metavar="ID", help="the Secrets Store that holds its keys"
+    )
+
+
+def _cache_ttl(text: str) -> int:
+    if text.isdecimal() and (int(text) == 0 or 60 <= int(text) <= _LONGEST_CACHE_S):
+        return int(text)
+    raise argparse.ArgumentTypeError(
+        f"{text!r}: a gateway keeps answers for 60 to {_LONGEST_CACHE_S} seconds; 0 is no cache"
+    )
+
+
+def _retries(text: str) -> int:
+    if text.isdecimal() and 1 <= int(text) <= _MOST_ATTEMPTS:
+        return int(text)
+    raise argparse.ArgumentTypeError(
+        f"{text!r}: a gateway makes 1 to {_MOST_ATTEMPTS} attempts; 1 is none after the first"
+    )
+
+
+def _log_limit(text: str) -> int:
+    if text.isdecimal() and 1 <= int(text) <= _MOST_LOGS:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: a gateway keeps 1 to {_MOST_LOGS} logs")
+
+
+def _store_id(text: str) -> str:
+    if _STORE_ID.fullmatch(text):
+        return text
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is no id of a Secrets Store: copy it from the dashboard, under Secrets Store"
+    )
 
 
 # -- how a command runs ----------------------------------------------------------------------------
@@ -488,19 +534,25 @@ def _wanted(config: Config) -> list[str]:
 
 async def _setup(args: argparse.Namespace, config: Config, api: Api, gateway: str) -> int:
     existing = {str(row["id"]): row for row in await api.gateways()}
+    wish = {**RECOMMENDED, **({} if args.store_id is None else {"store_id": args.store_id})}
     row = existing.get(gateway)
     if row is None:
         if existing and not args.json:
             print(f"There is no gateway {gateway} yet; there are: {', '.join(existing)}")
-        _print_settings(args, f"A new gateway {gateway}:", RECOMMENDED)
+        _print_settings(args, f"A new gateway {gateway}:", wish)
         _confirm(args, "Make it? [y/N]")
-        await api.create_gateway({"id": gateway, **RECOMMENDED})
-    elif changed := _differing(row, RECOMMENDED):
+        row = await api.create_gateway({"id": gateway, **wish})
+    elif changed := _differing(row, wish):
         _print_changes(args, gateway, row, changed)
         _confirm(args, "Change it? [y/N]")
-        await api.replace_gateway(gateway, _whole(row, changed))
+        row = await api.replace_gateway(gateway, _whole(row, changed))
     elif not args.json:
         print(f"The gateway {gateway} is as it should be.")
+    if not row.get("store_id"):
+        say(
+            f"The gateway {gateway} has no Secrets Store for its keys. Make one in the dashboard, "
+            "under Secrets Store, and say which: gwproxy cloudflare setup --store-id ID"
+        )
     missing = await _store_missing(config, api, gateway)
     lines = _lines_to_paste(config, gateway)
     if args.json:

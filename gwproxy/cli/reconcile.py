@@ -155,11 +155,14 @@ async def _compare(
         begin = first - _ADMITTED_BEFORE_MS if since is None else since
         end = last + 1 if until is None else until
         oldest_ms: int | None = first
+        known = first, last + 1
     else:
         async with account(config) as (api, gateway, _):
             begin, end = _span(kept, f"{config.upstream.api_url} {gateway}", since, until, now_ms)
             oldest_ms = await oldest(api, gateway)
             fetched = await _fetch(args, api, gateway, kept, begin, end, now_ms)
+            # Of what is older the log knows nothing any more; what it said once stays.
+            known = now_ms if oldest_ms is None else oldest_ms, now_ms
     end = await _known_until(config, begin, end)
     with inspect.tables(config.storage.path) as tables:
         await tables.run(lambda c: kept.take_ours(lines(c, begin - MARGIN_MS, end + MARGIN_MS)))
@@ -176,7 +179,7 @@ async def _compare(
             sink=sink,
             named=lambda slug: names.get(slug, slug),
         )
-    kept.add_up(begin, end, list(names.items()))
+    kept.add_up(max(begin, known[0]), min(end, known[1]), list(names.items()))
     at = {"at": rfc3339(now_ms), **summary.row()}
     kept.put_note("last", orjson.dumps(at).decode())
     # Long enough ago, a log says the same the next time: who has looked may apply at once.

@@ -178,15 +178,18 @@ class Api:
         return "/".join((f"/accounts/{self._account}/ai-gateway/gateways", *parts))
 
     async def _all(self, path: str) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = []
+        rows: dict[str, dict[str, Any]] = {}
         page = 0
         while True:
             page += 1
             answer = await self.ask("GET", path, query={"page": str(page), "per_page": "50"})
-            more = answer.result if isinstance(answer.result, list) else []
-            rows += more
-            if not more or len(rows) >= (answer.total or 0):
-                return rows
+            before = len(rows)
+            for row in answer.result if isinstance(answer.result, list) else ():
+                if isinstance(row, dict) and "id" in row:
+                    rows[str(row["id"])] = row
+            # How long a page is, and whether anybody counts, is theirs to say.
+            if len(rows) == before or len(rows) == answer.total:
+                return list(rows.values())
 
     async def ask(
         self,

@@ -23,10 +23,12 @@ from gwproxy.core.reconcile import SETTLES_WITHIN_MS, Theirs
 from gwproxy.storage.reconcile import Book
 
 PER_PAGE: Final = 50
-"""The API's most."""
+"""So many rows are asked for; how many a page has is the API's to say."""
 SPAN_ROWS: Final = 2_500
 """A span with more is halved: fifty pages are soon read again, and few rows shift under way."""
 _SHORTEST_SPAN_MS: Final = 1_000
+_READS: Final = 4
+"""How often a span is read at the most while its rows shift from page to page."""
 _LATE_WITHIN_S: Final = 6.0
 _LATE_LOOK_S: Final = 0.5
 _MOST_LATE: Final = 500
@@ -80,15 +82,18 @@ async def fetch(
     while spans:
         start, end = spans.pop()
         first = await api.logs(gateway, _between(start, end), per_page=PER_PAGE)
-        total = first.total or 0
-        expected = max(expected, book.count_theirs() + total)
-        if total > SPAN_ROWS and end - start > _SHORTEST_SPAN_MS:
+        expected = max(expected, book.count_theirs() + (first.total or 0))
+        rows = None
+        if (first.total or 0) <= SPAN_ROWS or end - start <= _SHORTEST_SPAN_MS:
+            rows = await _span(api, gateway, start, end, first, fetched)
+        if rows is None:
             middle = (start + end) // 2
             spans += [(middle, end), (start, middle)]
             continue
-        rows = await _span(api, gateway, start, end, first, fetched)
         fetched.late += _late(rows.values(), now_ms())
-        book.put(rows.values(), (start, end))
+        # What is still to come is not there, however often it was asked for.
+        whole = start, min(end, now_ms())
+        book.put(rows.values(), whole if whole[0] < whole[1] else None)
         progress(book.count_theirs(), expected)
     await _wait_for_late(api, gateway, book, fetched, sleep)
     return fetched
@@ -96,33 +101,45 @@ async def fetch(
 
 async def _span(
     api: Api, gateway: str, start: int, end: int, first: Answer, fetched: Fetched
-) -> dict[str, Theirs]:
-    """All rows of a span by their ids; read a second time where some have shifted away."""
+) -> dict[str, Theirs] | None:
+    """All rows of a span by their ids; None: there are too many to be read at once.
+
+    Rows that come or go under way push others onto another page, which may then be missed or seen
+    twice: a span is read until its count has stood still and nothing is lacking.
+    """
     rows: dict[str, Theirs] = {}
-    unreadable = 0
-    for _ in range(2):
-        page, answer, received = 1, first, 0
-        while True:
-            more = _rows(answer)
+    answer = first
+    for number in range(_READS):
+        if number:
+            answer = await api.logs(gateway, _between(start, end), per_page=PER_PAGE)
+        known, still, total = len(rows), True, answer.total
+        page, received, unreadable = 1, 0, 0
+        seen: set[str] = set()
+        while more := _rows(answer):
             received += len(more)
+            before = len(seen)
             for row in map(read, more):
                 if row is None:
                     unreadable += 1
                 else:
                     rows[row.id] = row
-            if not more or page * PER_PAGE >= (answer.total or 0):
-                break
+                    seen.add(row.id)
+            if received >= total if total is not None else len(seen) == before:
+                break  # all that were counted; or nobody counts, and the same page came again
+            if len(rows) > 2 * SPAN_ROWS and end - start > _SHORTEST_SPAN_MS:
+                return None
             page += 1
             answer = await api.logs(gateway, _between(start, end), page=page, per_page=PER_PAGE)
-        total = answer.total or 0
-        fetched.unreadable += unreadable
-        if len(rows) + unreadable >= total:
-            return rows
-        fetched.unreadable -= unreadable
-        unreadable = 0
-    # Twice the same: the log itself repeats rows, or keeps some back.
-    fetched.repeated += max(0, received - len(rows))
-    fetched.missing += max(0, total - received)
+            still = still and answer.total == total
+            total = answer.total
+        whole = len(rows) + unreadable >= (total or 0)
+        if still and (whole or (number and len(rows) == known)):
+            break
+    fetched.unreadable += unreadable
+    if not whole:
+        # Twice the same: the log itself repeats rows, or keeps some back.
+        fetched.repeated += max(0, received - unreadable - len(rows))
+        fetched.missing += max(0, (total or 0) - received)
     return rows
 
 

@@ -26,7 +26,9 @@ class BadFilter(Exception):
 
 class Logs:
     """The rows in the order of their time. `cost_delay_s` is how late the figures of a row come;
-    `in_order = False` lists rows as they were put in, whatever order was asked for."""
+    `in_order = False` lists rows as they were put in, whatever order was asked for; `page_rows` is
+    the most that a page has, whatever was asked for; `counted = False` keeps their number back;
+    `before_page` is called before each page, for what happens while somebody reads."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
@@ -35,6 +37,9 @@ class Logs:
         self._ready: dict[str, float] = {}
         self.cost_delay_s = 0.0
         self.in_order = True
+        self.page_rows = 1 << 30
+        self.counted = True
+        self.before_page: Callable[[], object] = lambda: None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -110,6 +115,8 @@ class Logs:
         self, filters: Any, order_by: str, descending: bool, page: int, per_page: int
     ) -> tuple[list[Row], int]:
         """The rows of one page, and how many there are on all."""
+        self.before_page()
+        per_page = min(per_page, self.page_rows)
         tests = [_read_filter(one) for one in _list(filters)]
         start, end = 0, len(self._rows)
         rest: list[Callable[[Row], bool]] = []

@@ -251,6 +251,8 @@ class Management:
                 return _listing(request, configs)
             case hdrs.METH_POST, []:
                 wish = _object(body)
+                if not self.gateways[gateway]["store_id"]:
+                    raise _Refused(400, 7001, "store_id: the gateway has no Secrets Store")
                 slug, secret = wish.get("provider_slug"), wish.get("secret")
                 if not isinstance(slug, str) or not isinstance(secret, str) or not secret:
                     raise _Refused(400, 7001, "provider_slug, secret: Required")
@@ -307,9 +309,8 @@ class Management:
             rows, total = self.logs.page(filters, order_by, direction == "desc", page, per_page)
         except (BadFilter, orjson.JSONDecodeError) as wrong:
             raise _Refused(400, 7001, f"filters: {wrong}") from None
-        return _result(
-            rows, {"page": page, "per_page": per_page, "count": len(rows), "total_count": total}
-        )
+        about = {"page": page, "per_page": per_page, "count": len(rows)}
+        return _result(rows, {**about, "total_count": total} if self.logs.counted else about)
 
 
 def _noun(parts: list[str]) -> str:
@@ -347,6 +348,10 @@ def _check(wish: Mapping[str, Any]) -> None:
         value = wish[name]
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise _Refused(400, 7001, f"{name}: Invalid")
+    if wish["cache_ttl"] not in (None, 0) and not 60 <= wish["cache_ttl"] <= 2_592_000:
+        raise _Refused(400, 7001, "cache_ttl: Invalid")
+    if wish.get("retry_max_attempts") not in (None, 1, 2, 3, 4, 5):
+        raise _Refused(400, 7001, "retry_max_attempts: Invalid")
     for name in wish.keys() - _REQUIRED.keys() - _OPTIONAL.keys() - {"id"}:
         raise _Refused(400, 7001, f"{name}: Unrecognized key")
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from gwproxy.storage import reconcile as books
-from gwproxy.storage.reconcile import BookRefused, Sum
+from gwproxy.storage.gateway_sums import Sum
+from gwproxy.storage.reconcile import BookRefused
 
 _NEVER: Final = (0, 0)
 

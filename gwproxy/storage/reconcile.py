@@ -1,7 +1,7 @@
 """The book of a reconciliation: the gateway's log and our own lines in a file of its own beside the
 database, matched there, so that neither has to fit into memory and what was fetched once is kept.
 
-The hourly sums of the log stay when the lines go: they are the other side's figures in reports.
+What the log adds up to stays when the lines go: that is `gateway_sums`.
 """
 
 import json
@@ -9,7 +9,6 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -18,9 +17,8 @@ import msgspec
 
 from gwproxy.core.reconcile import Correction, Ours, Theirs
 from gwproxy.core.records import Tried
-from gwproxy.storage import locks
-
-HOUR_MS: Final = 3_600_000
+from gwproxy.storage import gateway_sums, locks
+from gwproxy.storage.gateway_sums import Sum
 
 WHOLE: Final = "whole"
 """How a run ended that need not read the log again."""
@@ -57,16 +55,6 @@ CREATE INDEX IF NOT EXISTS pair_by_line ON pair (line);
 CREATE TABLE IF NOT EXISTS correction (
     request_id TEXT PRIMARY KEY, charged INTEGER NOT NULL, cost INTEGER NOT NULL,
     reason TEXT NOT NULL
-) WITHOUT ROWID;
-
--- What the log adds up to, by the names of our own providers. `covered` is how much of the hour
--- was looked at, in milliseconds.
-CREATE TABLE IF NOT EXISTS hour (hour INTEGER PRIMARY KEY, covered INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS hourly (
-    hour INTEGER NOT NULL, provider TEXT NOT NULL, model TEXT NOT NULL, requests INTEGER NOT NULL,
-    failed INTEGER NOT NULL, cached INTEGER NOT NULL, input INTEGER NOT NULL,
-    output INTEGER NOT NULL, cost INTEGER NOT NULL, duration_ms INTEGER NOT NULL,
-    PRIMARY KEY (hour, provider, model)
 ) WITHOUT ROWID;
 """
 
@@ -251,24 +239,10 @@ class Book:
         return [Correction(*row) for row in rows]
 
     def add_up(self, since: int, until: int, named: Sequence[tuple[str, str]]) -> None:
-        """Put the log's sums into the hours that nobody has seen more of. `named` has the
-        gateway's names of providers, each with ours."""
+        """Keep what the log's lines of a span add up to. `named` has the gateway's names of
+        providers, each with ours."""
         with self._transaction():
-            self._connection.execute("CREATE TEMP TABLE IF NOT EXISTS named (slug, name)")
-            self._connection.execute("DELETE FROM named")
-            self._connection.executemany("INSERT INTO named VALUES (?, ?)", named)
-            for hour in range(since // HOUR_MS, (until - 1) // HOUR_MS + 1):
-                start, end = max(since, hour * HOUR_MS), min(until, (hour + 1) * HOUR_MS)
-                seen = self._connection.execute(
-                    "SELECT covered FROM hour WHERE hour = ?", (hour,)
-                ).fetchone()
-                if seen is not None and seen[0] > end - start:
-                    continue
-                self._connection.execute(
-                    "INSERT OR REPLACE INTO hour VALUES (?, ?)", (hour, end - start)
-                )
-                self._connection.execute("DELETE FROM hourly WHERE hour = ?", (hour,))
-                self._connection.execute(_ADD_UP, {"hour": hour, "since": start, "until": end})
+            gateway_sums.add_up(self._connection, since, until, named)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -291,7 +265,7 @@ def book(path: Path) -> Iterator[Book]:
             connection.execute("PRAGMA journal_mode = WAL")
             # It can be made again from the log.
             connection.execute("PRAGMA synchronous = OFF")
-            connection.executescript(_SCHEMA)
+            connection.executescript(_SCHEMA + gateway_sums.SCHEMA)
             yield Book(connection)
     except (OSError, sqlite3.Error) as error:
         raise BookRefused(
@@ -300,35 +274,6 @@ def book(path: Path) -> Iterator[Book]:
 
 
 # -- what was seen last, for the server ------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Sum:
-    """What the gateway's log says of one provider and model."""
-
-    provider: str
-    model: str
-    requests: int
-    failed: int
-    cached: int
-    input: int
-    output: int
-    cost: int
-    duration_ms: int
-
-    def plus(self, other: "Sum") -> "Sum":
-        """Both, under this one's provider."""
-        return Sum(
-            self.provider,
-            "",
-            self.requests + other.requests,
-            self.failed + other.failed,
-            self.cached + other.cached,
-            self.input + other.input,
-            self.output + other.output,
-            self.cost + other.cost,
-            self.duration_ms + other.duration_ms,
-        )
 
 
 def last_run(path: Path) -> dict[str, Any] | None:
@@ -344,10 +289,7 @@ def last_run(path: Path) -> dict[str, Any] | None:
 def sums(path: Path, first_day: int, last_day: int) -> list[Sum]:
     """By provider and model over days, both included, counted from 1970-01-01."""
     with _reading(path) as connection:
-        if connection is None:
-            return []
-        rows = connection.execute(_SUMS, (first_day * 24, (last_day + 1) * 24))
-        return [Sum(*row) for row in rows]
+        return [] if connection is None else gateway_sums.of_days(connection, first_day, last_day)
 
 
 @contextmanager
@@ -362,11 +304,6 @@ def _reading(path: Path) -> Iterator[sqlite3.Connection | None]:
     except sqlite3.Error as error:
         raise BookRefused(f"{path}: {error}") from error
 
-
-_SUMS: Final = """
-    SELECT provider, model, sum(requests), sum(failed), sum(cached), sum(input), sum(output),
-        sum(cost), sum(duration_ms)
-    FROM hourly WHERE hour >= ? AND hour < ? GROUP BY provider, model ORDER BY provider, model"""
 
 # -- our side, out of the database -----------------------------------------------------------------
 
@@ -464,20 +401,6 @@ _REQUESTS: Final = f"""
 _UNCLAIMED: Final = f"""
     SELECT {_THEIRS}, request_id IN (SELECT request_id FROM ours)
     FROM theirs WHERE t >= ? AND t < ? AND id NOT IN (SELECT id FROM pair) ORDER BY t, id"""
-
-_ADD_UP: Final = """
-    INSERT INTO hourly
-    SELECT :hour, provider, model, count(*), sum(success = 0), sum(cached), sum(coalesce(input, 0)),
-        sum(coalesce(output, 0)), sum(coalesce(cost, 0)), sum(coalesce(duration_ms, 0))
-    FROM (
-        SELECT coalesce(ours.provider, (SELECT name FROM named WHERE slug = theirs.provider),
-                theirs.provider) AS provider,
-            coalesce(ours.model, theirs.model) AS model, theirs.success, theirs.cached,
-            theirs.input, theirs.output, theirs.cost, theirs.duration_ms
-        FROM theirs LEFT JOIN pair ON pair.id = theirs.id
-        LEFT JOIN ours ON ours.line = pair.line
-        WHERE theirs.t >= :since AND theirs.t < :until
-    ) GROUP BY provider, model"""
 
 
 def _line(row: Sequence[Any]) -> tuple[int, Ours, int, Theirs | None]:
