@@ -41,6 +41,22 @@ prefix = "mock"
 chain = ["gemini", { provider = "openai", model = "gpt-4o-mini" }]
 """
 
+PAIR = """
+[providers.one]
+prefix = "custom-one"
+[providers.two]
+prefix = "custom-two"
+[models.pair]
+chain = [{ provider = "one", model = "prose" }, { provider = "two", model = "prose" }]
+[prices.models."custom-one/*"]
+input = "1.00"
+output = "2.00"
+[prices.models."custom-two/*"]
+input = "1.00"
+output = "2.00"
+"""
+"""A chain of two providers that have all APIs, for a configuration of a gateway."""
+
 
 def demo_upstream() -> DemoUpstream:
     """To be started by whoever asks for it; it wants the token that the harness configures."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gwproxy.core import sse
 from gwproxy.core.meter import Meter
-from gwproxy.core.stream import HOLD_LIMIT, ChatStream
+from gwproxy.core.stream import HOLD_LIMIT, INTERRUPTED, ChatStream
 from gwproxy.core.usage import Usage
 from tests.harness import DONE, delta, event, tokenizer, usage_only
 
@@ -377,6 +377,49 @@ def test_an_error_event_leaves_and_is_told() -> None:
     assert out == delta("Hi") + block
     assert stream.error == {"message": "no", "code": "overloaded"}
     assert not stream.complete
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        b'event: error\ndata: {"type":"error","message":"Overloaded"}\n\n',
+        b'event:error\r\ndata:{"type":"error"}\r\n\r\n',
+        b"event: error\ndata: upstream connect error\n\n",
+        b"data: first\nevent: error\ndata: second\n\n",
+        b"event: error\ndata: {}\n\n",
+        b'data: {"type":"error","code":"overloaded"}\n\n',
+    ],
+)
+def test_an_error_in_other_words_is_told_in_those_of_this_api(block: bytes) -> None:
+    data = delta("Hi") + block + DONE
+    for pieces in ([delta("Hi"), block, DONE], [data], bytewise(data)):
+        out, stream = run(pieces)
+        assert out == delta("Hi") + stream.error_event(INTERRUPTED) + DONE
+        assert stream.error and not stream.complete
+        assert stream.meter.counted() == 1  # what the provider says of itself is no answer
+    short = delta("Hi") + block.rstrip(b"\r\n")
+    for pieces in ([short], bytewise(short)):
+        out, stream = run(pieces)
+        assert out == delta("Hi") + stream.error_event(INTERRUPTED)
+    first = new()
+    first.feed(block)
+    assert first.error and not first.committed
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        b'event: error\ndata: {"error":{"message":"no"}}\n\n',
+        b"event: error\n\n",
+        b"event: errors\ndata: {}\n\n",
+        b"event: message\nevent: ping\ndata: {}\n\n",
+    ],
+)
+def test_an_event_that_this_apis_clients_understand_stays_as_it_came(block: bytes) -> None:
+    for pieces in ([block], bytewise(block)):
+        out, stream = run([delta("Hi"), *pieces])
+        assert out == delta("Hi") + block
+        assert (stream.error is None) == (b'"error"' not in block)
 
 
 def test_an_error_stays_an_error_although_done_follows() -> None:

@@ -116,6 +116,8 @@ class MessagesStream(EventStream):
             self.error = value.get("error") or value
         elif type(value) is dict and value.get("type") == "message_stop":
             self.done = self.committed = True
+        elif not flags and self._is_foreign_error(value):
+            return False
         return True
 
     def error_event(self, error: GatewayError) -> bytes:

@@ -121,6 +121,8 @@ class ResponsesStream(EventStream):
             self.committed = True
         if flags & FINISH:
             self.done = True
+        elif not flags and self._is_foreign_error(value):
+            return False
         if type(value) is dict:
             number = value.get("sequence_number")
             if type(number) is int:

@@ -1,8 +1,9 @@
 """Server-sent events, cut out of a byte stream. Pure: bytes in, events out, whatever the split.
 
 An event ends at an empty line (LF LF, CR LF CR LF, or a mixture). Its payload is the text of its
-`data:` lines, joined by LF; comments and other fields have none. One event may not grow without
-bound: past `LINE_LIMIT` its content is let go and only its length is counted.
+`data:` lines, joined by LF; comments and other fields have none, and of their names only `error`
+matters. One event may not grow without bound: past `LINE_LIMIT` its content is let go and only its
+length is counted.
 """
 
 LINE_LIMIT = 8 * 1024 * 1024
@@ -11,6 +12,10 @@ event; more than this is not a chat chunk, and would let an upstream fill our me
 
 _LINES_LIMIT = 65_536
 """Data lines of one event: each costs memory of its own, however short it is."""
+
+
+class ErrorData(bytes):
+    """The payload of an event that is named `error`: some servers say it nowhere else."""
 
 
 class SseScanner:
@@ -23,6 +28,7 @@ class SseScanner:
     __slots__ = (
         "_counting",
         "_data",
+        "_error",
         "_line",
         "_line_size",
         "_size",
@@ -35,6 +41,7 @@ class SseScanner:
         self._line: list[bytes] = []  # pieces of a line whose end has not come
         self._line_size = 0
         self._data: list[bytes] = []  # data lines of the event under way
+        self._error = False  # it is named an error
         self._size = 0  # bytes of those lines
         self._counting = False  # the event under way is past the limit: only counted
         self._skipping = False  # the line under way is past it: a data line, or a comment
@@ -62,6 +69,8 @@ class SseScanner:
                 self._keep(line[6:] if line[5:6] == b" " else line[5:], size)
             elif line == b"data":
                 self._keep(b"", size)
+            elif line.startswith(b"event:"):
+                self._error = line[6:].strip() == b"error"
         if rest:
             self._hold(rest)
         return events
@@ -76,11 +85,12 @@ class SseScanner:
     def _take(self) -> bytes:
         self._counting = False
         self._size = 0
+        error, self._error = self._error, False
         if not self._data:
             return b""
         payload = self._data[0] if len(self._data) == 1 else b"\n".join(self._data)
         self._data = []
-        return payload
+        return ErrorData(payload) if error else payload
 
     def _keep(self, value: bytes, size: int) -> None:
         """A whole data line, of `size` bytes in all."""

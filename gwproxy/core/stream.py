@@ -13,10 +13,18 @@ import orjson
 
 from gwproxy.core.errors import GatewayError
 from gwproxy.core.meter import ERROR, FINISH, TEXT, TOOL, USAGE, USAGE_ONLY, Meter
-from gwproxy.core.sse import SseScanner
+from gwproxy.core.sse import ErrorData, SseScanner
 
 HOLD_LIMIT = 64 * 1024
 """Bytes of one unfinished event that wait for its end; a longer one is passed on in pieces."""
+
+INTERRUPTED = GatewayError(
+    "The upstream ended the stream before its answer was complete.",
+    status=502,
+    type="upstream_error",
+    code="stream_interrupted",
+)
+"""A clean end would look like success to the SDKs; this makes them raise."""
 
 _COMMIT = TEXT | TOOL | FINISH | USAGE
 
@@ -32,6 +40,7 @@ class EventStream:
     __slots__ = (
         "_held",
         "_held_size",
+        "_instead",
         "_part_sent",
         "_scanner",
         "committed",
@@ -47,6 +56,7 @@ class EventStream:
         self._held: list[bytes] = []  # the unfinished event's bytes from earlier chunks
         self._held_size = 0
         self._part_sent = False  # the unfinished event outgrew the limit and is partly gone
+        self._instead = b""  # what leaves in the place of an event that does not
         self.committed = False
         self.done = False
         self.error: Any = None
@@ -59,6 +69,34 @@ class EventStream:
     def error_event(self, error: GatewayError) -> bytes:
         """An event that tells this API's clients that the stream has failed."""
         raise NotImplementedError
+
+    def _read(self, payload: bytes) -> bool:
+        """The same of an event that may be named an error. One that is, and in words that are not
+        this API's, is told in those: its clients would overlook it, or fail to read it."""
+        if type(payload) is not ErrorData:
+            return self._event(payload)
+        value = parse_event(payload)
+        if value is not UNREADABLE:
+            leaves = self._event(payload)
+            if self.error is not None:
+                return leaves
+        self._tell_in_its_words(value)
+        return False
+
+    def _is_foreign_error(self, value: object) -> bool:
+        """Whether an event that says nothing to this API is another one's error."""
+        if type(value) is not dict or not (value.get("error") or value.get("type") == "error"):
+            return False
+        self._tell_in_its_words(value)
+        return True
+
+    def _tell_in_its_words(self, value: object) -> None:
+        self.error = (value.get("error") or value) if value and type(value) is dict else "error"
+        self._instead = self.error_event(INTERRUPTED)
+
+    def _take_instead(self) -> bytes:
+        instead, self._instead = self._instead, b""
+        return instead
 
     @property
     def complete(self) -> bool:
@@ -75,14 +113,14 @@ class EventStream:
         # One whole event in one segment is what upstreams send nearly always.
         if not self._held and not self._part_sent:
             start = 0
-            if chunk.startswith(b"event: "):
+            if chunk.startswith(b"event: ") and not chunk.startswith(b"error", 7):
                 start = chunk.find(b"\n") + 1
             if (
                 chunk.startswith(b"data: ", start)
                 and chunk.find(b"\n", start) == len(chunk) - 2
                 and chunk.endswith(b"\n\n")
             ):
-                return chunk if self._event(chunk[start + 6 : -2]) else b""
+                return chunk if self._event(chunk[start + 6 : -2]) else self._take_instead()
         return self._feed_any(chunk)
 
     def finish(self) -> bytes:
@@ -99,12 +137,16 @@ class EventStream:
         self._count_unparsed()
         if not payload:
             return b""
-        if payload.strip() != b"[DONE]" and parse_event(payload) is UNREADABLE:
+        if (
+            type(payload) is not ErrorData
+            and payload.strip() != b"[DONE]"
+            and parse_event(payload) is UNREADABLE
+        ):
             if self._part_sent:
                 self.meter.observe_unparsed(len(payload))
             return b""
-        if not self._event(payload) and not self._part_sent:
-            return b""
+        if not self._read(payload) and not self._part_sent:
+            return self._take_instead()
         if self.complete:
             return held
         self._part_sent = False
@@ -117,10 +159,12 @@ class EventStream:
         start = 0
         for payload, end in events:
             # A comment has no payload and is always passed on.
-            if (not payload or self._event(payload)) or self._part_sent:
+            if not payload or self._read(payload) or self._part_sent:
                 if self._held:
                     leaving += self._held
                 leaving.append(chunk[start:end])
+            elif self._instead:
+                leaving.append(self._take_instead())
             self._held = []
             self._held_size = 0
             self._part_sent = False
@@ -175,6 +219,8 @@ class ChatStream(EventStream):
             self.committed = True
         if flags & ERROR:
             self.error = value.get("error") or value
+        elif not flags and self._is_foreign_error(value):
+            return False
         return not (self._drop_usage and flags & (USAGE_ONLY | ERROR) == USAGE_ONLY)
 
     def error_event(self, error: GatewayError) -> bytes:

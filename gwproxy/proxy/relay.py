@@ -11,7 +11,7 @@ from collections.abc import Callable
 from aiohttp import web
 
 from gwproxy.core.errors import GatewayError
-from gwproxy.core.stream import EventStream
+from gwproxy.core.stream import INTERRUPTED, EventStream
 from gwproxy.proxy.reply import Reply
 from gwproxy.proxy.upstream import IDLE_TIMEOUT, SHUTDOWN, Failure
 from gwproxy.state.reservation import Reservation
@@ -27,14 +27,6 @@ DRAIN_BYTES = 1024 * 1024
 """So much is read on of an answer whose client has left, for the sake of the usage at its end."""
 
 _KEEP_ALIVE = b": keepalive\n\n"
-
-_INTERRUPTED = GatewayError(
-    "The upstream ended the stream before its answer was complete.",
-    status=502,
-    type="upstream_error",
-    code="stream_interrupted",
-)
-"""A clean end would look like success to the SDKs; this makes them raise."""
 
 _SHUT_DOWN = GatewayError(
     "This gateway is shutting down, and ended the stream before its answer was complete. "
@@ -149,7 +141,7 @@ class Relay:
         if not events.at_boundary:
             return False
         ours = self.failure is SHUTDOWN
-        self._write(events.error_event(_SHUT_DOWN if ours else _INTERRUPTED))
+        self._write(events.error_event(_SHUT_DOWN if ours else INTERRUPTED))
         return True
 
     # -- the connection's side ---------------------------------------------------------------
