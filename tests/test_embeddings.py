@@ -13,6 +13,7 @@ from gwproxy.core.embeddings import MOST_INPUTS, EmbeddingsRequest
 from gwproxy.core.errors import InvalidRequest
 from tests.conftest import Front, StartGateway
 from tests.harness import ADMIN, Received, Upstream, Wire, bearer, make_key, tokenizer
+from tests.sdk import PAIR, config, demo_upstream
 
 MODEL = "mock/echo"
 
@@ -167,6 +168,7 @@ async def test_an_answer_without_usage_costs_what_was_counted(
         (b'{"object":"list"}', 502, "all_providers_failed"),
         (b"<html>", 502, "all_providers_failed"),
         (b'{"choices":[]}', 502, "all_providers_failed"),
+        (b'{"object":"list","data":[]}', 502, "all_providers_failed"),
         (b'{"error":{"message":"no","type":"server_error"}}', 502, "all_providers_failed"),
     ],
 )
@@ -176,6 +178,38 @@ async def test_what_is_no_answer_of_this_api_is_none(
     upstream.script = answers(body)
     response = await embed(front)
     assert (response.status, (await response.json())["error"]["code"]) == (status, code)
+
+
+async def test_no_embedding_at_all_is_no_answer_and_costs_what_it_says(
+    start_gateway: StartGateway,
+) -> None:
+    demo = demo_upstream()
+    await demo.start()
+    front = await start_gateway(config=config(demo, "cloudflare-compat") + PAIR)
+
+    async def told(response: Any) -> Any:
+        request_id = response.headers["x-request-id"]
+        path = f"/v1/receipts/{request_id}"
+        return await (await front.client.get(path, headers=bearer(front.key))).json()
+
+    nothing = b'{"object":"list","data":[],"usage":{"prompt_tokens":9,"total_tokens":9}}'
+    demo.script(provider="custom-one", writes=[nothing])
+    response = await embed(front, model="pair", input=["Hello", "there"])
+    assert (response.status, response.headers["x-gateway-provider"]) == (200, "two")
+    assert len((await response.json())["data"]) == 2
+    first, second = (await told(response))["attempts"]
+    assert (first["reason"], first["cost_usd"]) == ("garbage", "0.000009000")
+    assert (second["provider"], second["status"]) == ("two", 200)
+
+    demo.script(writes=[nothing], count=0)
+    response = await embed(front, model="pair", input=["Hello", "there"])
+    assert (response.status, (await response.json())["error"]["code"]) == (
+        502,
+        "all_providers_failed",
+    )
+    receipt = await told(response)
+    assert (receipt["outcome"], receipt["cost_usd"]) == ("unknown", "0.000018000")
+    await demo.stop()
 
 
 async def test_no_more_is_admitted_than_the_budget_has_room_for(

@@ -188,7 +188,7 @@ STRANGE: Final = _failure(
 NO_COMPLETION: Final = _failure(
     "provider_error",
     "garbage",
-    "the upstream answered 200 with something that is no chat completion: check its address",
+    "the upstream answered 200, and with nothing that this API answers: check its address",
 )
 
 FAILURES: Final[Mapping[str, tuple[str, Outcome]]] = {
@@ -282,7 +282,7 @@ def rows() -> Iterator[tuple[str, Outcome]]:
     for code, outcome in GATEWAY_CODES.items():
         yield f"gateway code {code}", outcome
     yield (
-        "200 with no chat completion: a page, half of JSON, another type, no choice",
+        "200 with no answer: a page, half of JSON, another type, no choice, no embedding",
         NO_COMPLETION,
     )
     yield "a stream's first event is an error that says no more (else as its status)", STATUSES[502]

@@ -466,6 +466,8 @@ class Sending:
         if isinstance(answer, dict) and answer.get("error"):
             reservation.refused()
             return classify_event(answer["error"])
+        if isinstance(answer, dict):
+            reply.meter.observe_usage(answer)  # billed all the same, and no more than that
         reservation.unanswered()
         return _NOT_AN_ANSWER
 

@@ -273,8 +273,13 @@ class Reservation:
         self._stage = _Stage.NOT_SENT
 
     def unanswered(self) -> None:
-        """The attempt ended without an answer: its prompt may have been billed."""
-        self._spend(Usage(input=self._prompt_tokens()), "estimated")
+        """The attempt ended without an answer: billed is what it says itself, or else its prompt
+        may have been."""
+        meter = self.meter
+        if meter is not None and meter.usage is not None and not meter.partial:
+            self._spend(meter.usage, "provider")
+        else:
+            self._spend(Usage(input=self._prompt_tokens()), "estimated")
         self._stage = _Stage.NOT_SENT
 
     def extend(self) -> None:
