@@ -164,6 +164,90 @@ async def test_the_next_of_a_chain_is_asked_where_the_first_fails(stage: Stage) 
             assert asked[-1] == GEMINI[stage.flavour], fault
 
 
+NATIVE: dict[str, dict[str, Any]] = {
+    "messages": {"model": "anthropic/claude-sonnet-4-5", "max_tokens": 50},
+    "responses": {"model": "openai/gpt-4o-mini", "input": "Hello"},
+    "embeddings": {"model": "workers-ai/@cf/baai/bge-m3", "input": ["Hello", "there"]},
+}
+"""What even the smallest of the flavours has."""
+
+
+def native(stage: Stage) -> list[tuple[str, dict[str, Any]]]:
+    """Each of the other APIs, whole and in a stream where it has any."""
+    asks = []
+    for path, fields in NATIVE.items():
+        for stream in (False, True) if path != "embeddings" else (False,):
+            fields = {**fields, "stream": stream}
+            if stage.flavour == "openai" and path == "embeddings":
+                fields["model"] = "openai/text-embedding-3-small"
+            asks.append((path, fields))
+    return asks
+
+
+async def test_the_other_apis_cost_what_was_served(stage: Stage) -> None:
+    for number, (path, fields) in enumerate(native(stage)):
+        response = await stage.ask(path=path, **fields)
+        text = await response.text()
+        assert response.status == 200, (path, text)
+        served = (await stage.demo.recorded(number + 1))[number]["tokens"]
+        receipt = await stage.front.client.get(
+            f"/v1/receipts/{response.headers['x-request-id']}", headers=bearer(stage.front.key)
+        )
+        told = await receipt.json()
+        assert (told["outcome"], told["source"]) == ("completed", "provider"), path
+        tokens = told["tokens"]
+        assert (tokens["input"], tokens["output"]) == (served["input"], served["output"]), path
+
+
+async def test_the_other_apis_tell_errors_alike(stage: Stage) -> None:
+    for fault, status, code in ERRORS + (THEIRS if stage.flavour != "openai" else []):
+        for path, fields in native(stage):
+            if fault == "error-first" and path == "embeddings":
+                continue
+            stage.demo.scripts.clear()
+            stage.demo.script(fault=fault, count=0)
+            response = await stage.ask(path=path, **fields)
+            body = await response.json()
+            where = fault, path, fields["stream"], body
+            assert response.headers["Content-Type"] == "application/json", where
+            # Anthropic's own words for an unknown model have no code.
+            code_here = None if (fault, path) == ("status-404", "messages") else code
+            assert (response.status, body["error"].get("code")) == (status, code_here), where
+            assert (body.get("type") == "error") is (path == "messages"), where
+            assert UPSTREAM_TOKEN not in str(body)
+
+
+async def test_a_stream_of_another_api_that_breaks_off_says_so(stage: Stage) -> None:
+    for path in ("messages", "responses"):
+        for fault in ("reset-after-6", "eof-after-6", "close-after-6"):
+            stage.demo.scripts.clear()
+            stage.demo.script(fault=fault, count=0)
+            response = await stage.ask(path=path, **{**NATIVE[path], "stream": True})
+            text = await response.text()
+            assert response.status == 200, (path, fault, text)
+            name, _, data = text.strip().rpartition("\n\n")[2].partition("\n")
+            assert name == "event: error", (path, fault)
+            assert '"code":"stream_interrupted"' in data, (path, fault)
+
+
+async def test_an_api_that_the_rest_flavour_has_not_is_refused_before_anything_is_sent(
+    stage: Stage,
+) -> None:
+    if stage.flavour != "cloudflare-rest":
+        return
+    for path, fields in (
+        ("messages", {"model": "openai/gpt-4o-mini", "max_tokens": 50}),
+        ("responses", {"model": "anthropic/claude-sonnet-4-5", "input": "Hello"}),
+        ("responses", {"model": "groq/llama-3.1-8b-instant", "input": "Hello", "stream": True}),
+        ("embeddings", {"model": "openai/text-embedding-3-small", "input": "Hello"}),
+    ):
+        response = await stage.ask(path=path, **fields)
+        error = (await response.json())["error"]
+        assert (response.status, error["code"]) == (400, "model_not_supported"), fields
+        assert f"no API for {path}" in error["message"] and "/v1/chat/completions" in str(error)
+    assert stage.demo.requests == []
+
+
 async def test_a_stranger_is_the_operators_fault(start_gateway: StartGateway) -> None:
     for flavour in FLAVOURS:
         demo = DemoUpstream(token="another-token-than-the-one-configured")
