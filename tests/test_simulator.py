@@ -46,3 +46,10 @@ def test_each_rule_that_is_left_out_is_noticed() -> None:
     with pool() as processes:
         failures = dict(zip(DEFECTS, processes.map(first_failure, DEFECTS), strict=True))
     assert [name for name, failure in failures.items() if failure is None] == []
+    # A patch that no longer fits the code would be noticed as well, and show nothing.
+    misfits = ("AttributeError", "NameError", "TypeError")
+    assert [
+        f"{name}: {failure}"
+        for name, failure in failures.items()
+        if failure is not None and failure.reason.startswith(misfits)
+    ] == []

@@ -351,12 +351,12 @@ def _(stack: ExitStack) -> None:
     write = journal.Journal.write
 
     def buffered(self: journal.Journal, payload: bytes) -> None:
-        files = self._files
-        self._files = _Buffered(files, self)
+        files = self.files
+        self.files = _Buffered(files, self)
         try:
             write(self, payload)
         finally:
-            self._files = files
+            self.files = files
 
     _instead(stack, journal.Journal, "write", buffered)
 
@@ -394,10 +394,10 @@ def _(stack: ExitStack) -> None:
 def _(stack: ExitStack) -> None:
     make = played.PlayedBackups.make
 
-    async def once(self: played.PlayedBackups, database: Any) -> tables.Mark:
+    async def once(self: played.PlayedBackups, database: Any) -> tuple[str, tables.Mark]:
         if not self._file.backups:
             return await make(self, database)
-        return played.mark_in(self._file.image)
+        return "an image", played.mark_in(self._file.image)
 
     _instead(stack, played.PlayedBackups, "make", once)
     _instead(stack, played.PlayedBackups, "covered", lambda self, applied: applied)
