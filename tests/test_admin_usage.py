@@ -4,6 +4,7 @@ import asyncio
 import sqlite3
 from collections import defaultdict
 from contextlib import closing
+from itertools import product
 from typing import Any
 
 import pytest
@@ -241,21 +242,77 @@ async def test_every_grouping_adds_up_to_the_total_and_to_the_requests(
         total = await reports.used(reader, chosen)
         assert (total["requests"] or 0) == len(wanted)
         assert (total["cost"] or 0) == sum(row["cost"] for row in wanted)
-        for group_by, columns in GROUPS.items():
+        for (group_by, columns), added_up in product(GROUPS.items(), (1, 4, 20_000)):
             expected: dict[Any, list[int]] = defaultdict(lambda: [0, 0])
             for row in wanted:
                 sums = expected[tuple(row[name] for name in columns)]
                 sums[0] += 1
                 sums[1] += row["cost"]
             found: dict[Any, list[int]] = {}
-            after: tuple[Any, ...] = ()
-            while page := await reports.usage(reader, chosen, group_by, after, 3):
+            after: list[Any] | None = []
+            while after is not None:
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(reports, "_ADDED_UP", added_up)
+                    page, after = await reports.usage(reader, chosen, group_by, after, 3)
+                assert len(page) <= 3 or group_by == "line"
                 for row in page:
-                    after = tuple(row[name] for name in columns)
-                    assert after not in found
-                    found[after] = [row["requests"], row["cost"]]
+                    key = tuple(row[name] for name in columns)
+                    assert key not in found
+                    found[key] = [row["requests"], row["cost"]]
             assert found == expected
     await place.close()
+
+
+async def test_a_page_of_a_report_adds_up_so_many_rows_and_says_where_to_go_on(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(reports, "_ADDED_UP", 5)
+    async with await Place(tmp_path).open() as place:
+        place.live.requests(60, users=40)
+        await catch_up(place.writer())
+        async with place.database.reader() as reader:
+            users = await reader.read("SELECT DISTINCT user_id FROM usage WHERE grain = 2")
+            [days] = await reader.read("SELECT min(day), max(day) FROM usage")
+            assert len(users) > 20
+            for last, wanted in ((days[1], len(users)), (days[0] - 1, 0)):  # and of no day at all
+                chosen, found, pages = Chosen(0, last), 0, 0
+                after: list[Any] | None = []
+                while after is not None:
+                    page, after = await reports.usage(reader, chosen, "user", after, 1000)
+                    assert len(page) <= 5
+                    found += len(page)
+                    pages += 1
+                assert found == wanted
+                assert pages > len(users) // 5
+
+
+@pytest.mark.parametrize(
+    ("asked", "index"),
+    [
+        ({}, "request_by_time"),
+        ({"provider": "openai"}, "request_by_time"),
+        ({"outcome": "completed"}, "request_by_time"),
+        ({"org_id": "acme", "user_id": "ann"}, "request_by_user"),
+        ({"org_id": "acme", "user_id": "ann", "key_id": "key_ann"}, "request_by_key"),
+        ({"key_id": "key_ann", "outcome": "failed"}, "request_by_key"),
+        ({"user_id": "ann", "outcome": "failed", "model": "m"}, "request_by_user"),
+        ({"org_id": "acme", "outcome": "failed"}, "request_by_outcome"),
+        ({"org_id": "acme", "outcome": "completed"}, "request_by_org"),
+    ],
+)
+async def test_of_several_filters_the_narrowest_is_looked_up_and_the_rest_page_by_page(
+    tmp_path, asked: dict[str, str], index: str
+) -> None:
+    indexed, other = Sought(**asked).where()
+    conditions = " AND ".join([*indexed.conditions, *other.conditions])
+    async with await Place(tmp_path).open() as place, place.database.reader() as reader:
+        plan = await reader.read(
+            f"EXPLAIN QUERY PLAN SELECT * FROM request WHERE {conditions} {reports._NEWEST}",
+            [*indexed.values, *other.values],
+        )
+    assert [row["detail"].split(" INDEX ")[1].split()[0] for row in plan] == [index]
+    alike = len(asked) - (index != "request_by_time")
+    assert len(other.conditions) == alike
 
 
 async def test_a_search_without_an_index_looks_at_so_many_rows_and_says_where_to_go_on(

@@ -7,7 +7,14 @@ that is found again is changed, so that the same file sent twice changes nothing
 
 import asyncio
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -364,13 +371,14 @@ class Bulk:
             async with store.database.reader() as reader:
                 if form is Format.CSV:
                     spool.write(csv_line(USAGE_COLUMNS))
-                after: tuple[Any, ...] = ()
-                columns = reports.GROUPS["line"]
-                while rows := await reports.usage(reader, chosen, "line", after, _PAGE):
-                    for row in rows:
+                last: Sequence[Any] | None = ()
+                while last is not None:
+                    rows, last = await reports.usage(reader, chosen, "line", last, _PAGE)
+                    for number, row in enumerate(rows):
+                        if number % _SLICE == 0:
+                            await asyncio.sleep(0)
                         spool.write(self._line("usage", self._used(month, row), form))
-                    after = tuple(rows[-1][name] for name in columns)
-                after = ()
+                after: tuple[Any, ...] = ()
                 while form is Format.NDJSON and (
                     rows := await reports.adjustments(reader, month, after, _PAGE)
                 ):

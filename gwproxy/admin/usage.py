@@ -290,7 +290,6 @@ class Usage:
         store, query = self._store, Query(sent)
         columns = reports.GROUPS[sent.group_by]
         after = query.cursor(*(_TYPES.get(name, str) for name in columns))
-        limit = sent.limit
         days = query.days(store.ledger.now_ms())
         chosen = Chosen(
             days.first,
@@ -302,26 +301,25 @@ class Usage:
         )
         await store.catch_up()
         async with store.database.reader() as reader:
-            rows = await reports.usage(reader, chosen, sent.group_by, after, limit + 1)
+            rows, last = await reports.usage(reader, chosen, sent.group_by, after, sent.limit)
             total = await reports.used(reader, chosen)
             attempted = {}
             of_all = chosen == Chosen(days.first, days.last)
             if sent.group_by == "provider" and of_all:
                 attempted = await reports.attempted(reader, chosen)
-        data = [_group(row, columns) for row in rows[:limit]]
+        data = [_group(row, columns) for row in rows]
         if of_all:
             await self._add_gateway(sent.group_by, data, days.first, days.last)
         for line in data:
             if not isinstance(line.provider, Unset) and (found := attempted.get(line.provider)):
                 line.attempts = _attempts(*found)
-        more = cursor_of([rows[limit - 1][name] for name in columns]) if len(rows) > limit else None
         return Report(
             group_by=sent.group_by,
             since=day_out(days.first),
             until=day_out(days.last),
             data=data,
             total=Sums(**_sums(total)),
-            next_cursor=more,
+            next_cursor=None if last is None else cursor_of(last),
             **self._freshness(reader.as_of_lsn),
         )
 

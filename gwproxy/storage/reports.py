@@ -105,11 +105,21 @@ class Chosen:
         return 2 if self.user_id is not None else 1 if self.org_id is not None else 0
 
     def where(self, grain: int) -> tuple[str, list[Any]]:
-        conditions = [f"grain = {grain}", "day BETWEEN ? AND ?"]
-        values: list[Any] = [self.first_day, self.last_day]
-        for name in ("org_id", "user_id", "provider", "model"):
-            value = getattr(self, name)
-            if value is not None:
+        owned, values = self.owned(grain)
+        conditions = [owned, "day BETWEEN ? AND ?"]
+        values += (self.first_day, self.last_day)
+        for name in ("provider", "model"):
+            if (value := getattr(self, name)) is not None:
+                conditions.append(f"{name} = ?")
+                values.append(value)
+        return " AND ".join(conditions), values
+
+    def owned(self, grain: int) -> tuple[str, list[Any]]:
+        """The same of every day and every model."""
+        conditions = [f"grain = {grain}"]
+        values: list[Any] = []
+        for name in _OWNERS:
+            if (value := getattr(self, name)) is not None:
                 conditions.append(f"{name} = ?")
                 values.append(value)
         return " AND ".join(conditions), values
@@ -127,22 +137,54 @@ GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
 
 _GRAINS: Final = {"org": 1, "user": 2, "line": 2}
 _SUMMED: Final = ", ".join(f"sum({name}) AS {name}" for name in SUMS)
+_OWNERS: Final = ("org_id", "user_id")
+
+_ADDED_UP: Final = 20_000
+"""Rows of sums that one page reads, of any day, and what is left of the last one's owner: some
+tens of milliseconds, however many users there are and however long they have been here."""
 
 
 async def usage(
     reader: Reader, chosen: Chosen, group_by: str, after: Sequence[Any], most: int
-) -> list[sqlite3.Row]:
-    """The sums of each group after the key `after`, in the order of their keys, `most` of them."""
+) -> tuple[list[sqlite3.Row], list[Any] | None]:
+    """The sums of each group after the key `after`, in the order of their keys, and the key to go
+    on after: None at the end. There may be fewer than `most`, even none, though there are more to
+    come. Of lines there are all that their users have: their key is the user's."""
     columns = GROUPS[group_by]
     names = ", ".join(columns)
-    where, values = chosen.where(max(chosen.grain, _GRAINS.get(group_by, 0)))
-    if after:
-        where += f" AND ({names}) > ({', '.join('?' * len(columns))})"
-    return await reader.read(
+    grain = max(chosen.grain, _GRAINS.get(group_by, 0))
+    where, values = chosen.where(grain)
+    key = [name for name in columns if name in _OWNERS] or [*columns]
+    # One that all rows have alike leads nowhere: without it an index finds the place to begin at.
+    walked = [name for name in key if getattr(chosen, name, None) is None]
+    order, marks = ", ".join(walked), ", ".join("?" * len(walked))
+    begin, so_far = "", []
+    if walked and after:
+        begin = f" AND ({order}) > ({marks})"
+        so_far = [value for name, value in zip(key, after, strict=True) if name in walked]
+    where, values = where + begin, [*values, *so_far]
+    last: list[Any] | None = None
+    if walked and group_by in _GRAINS:
+        owned, owners = chosen.owned(grain)
+        found = await reader.read(
+            f"SELECT {order} FROM usage WHERE {owned}{begin} ORDER BY {order} LIMIT 1 OFFSET ?",
+            (*owners, *so_far, _ADDED_UP - 1),
+        )
+        if found:
+            where += f" AND ({order}) <= ({marks})"
+            values += found[0]
+            known = dict(zip(walked, found[0], strict=True))
+            last = [known.get(name) or getattr(chosen, name) for name in key]
+    limit = "" if group_by == "line" else f" LIMIT {most + 1}"
+    rows = await reader.read(
         f"SELECT {names}, {_SUMMED} FROM usage WHERE {where}"
-        f" GROUP BY {names} ORDER BY {names} LIMIT ?",
-        (*values, *after, most),
+        f" GROUP BY {names} ORDER BY {names}{limit}",
+        values,
     )
+    if limit and len(rows) > most:
+        rows = rows[:most]
+        last = [rows[-1][name] for name in key]
+    return rows, last
 
 
 async def used(reader: Reader, chosen: Chosen) -> sqlite3.Row:
@@ -192,16 +234,23 @@ class Sought:
     outcome: str | None = None
 
     def where(self) -> tuple["_Where", "_Where"]:
-        """What an index finds, and what has to be looked at row by row."""
+        """What an index finds, and what has to be looked at row by row: all but the condition that
+        leaves the fewest rows. The sign keeps an index from being taken for another one."""
         indexed, other = _Where(), _Where()
         indexed.add("t >= ? AND t < ?", self.since, self.until)
-        for name in ("key_id", "user_id", "org_id"):
-            if (value := getattr(self, name)) is not None:
-                indexed.add(f"{name} = ?", value)
-        if self.outcome == "completed":
-            other.add("outcome = 'completed'")
-        elif self.outcome is not None:
-            indexed.add("outcome = ? AND outcome <> 'completed'", self.outcome)
+        where = indexed
+        for name in ("key_id", "user_id", "outcome", "org_id"):
+            if (value := getattr(self, name)) is None:
+                continue
+            if value == "completed" and name == "outcome":
+                other.add("outcome = 'completed'")
+            elif where is other:
+                other.add(f"+{name} = ?", value)
+            else:
+                where.add(f"{name} = ?", value)
+                if name == "outcome":
+                    where.add("outcome <> 'completed'")
+                where = other
         if self.provider is not None:
             other.add("provider = ?", self.provider)
         if self.model is not None:
