@@ -1,7 +1,8 @@
 """What administration costs the streams, and how long it takes: `python -m bench.admin`.
 
 A gateway with ten thousand users and a million requests behind it serves paced streams, while one
-administrator does one thing after the other. Quiet and busy stretches take turns.
+administrator does one thing after the other: changes, reports, and at last an import. Quiet and
+busy stretches take turns, so that each is seen beside what the machine does by itself.
 """
 
 import argparse
@@ -14,8 +15,10 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import Any, Final
 
 import orjson
 import uvloop
@@ -95,11 +98,24 @@ def history(database: Path, users: int, requests: int) -> None:
 # -- streams -------------------------------------------------------------------------------------
 
 
+@dataclass(slots=True)
+class Seen:
+    """What came of events, in ms: how long each took through the gateway, and how long after the
+    one before it came."""
+
+    taken: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+
+    def add(self, other: "Seen") -> None:
+        self.taken += other.taken
+        self.gaps += other.gaps
+
+
 class Streams:
-    """Open streams, and how long each of their events took through the gateway, in ms."""
+    """Open streams, and what is seen of them."""
 
     def __init__(self) -> None:
-        self.taken: list[float] = []
+        self._seen = Seen()
 
     async def read(self, port: int, key: str, number: int, gone: asyncio.Event) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -108,18 +124,23 @@ class Streams:
         )
         headers = {"Authorization": f"Bearer {key}"}
         writer.write(wire.request_bytes("gateway", headers, body))
+        before: int | None = None
         while not gone.is_set():
             line = await reader.readline()
             if not line:
                 raise ChildFailed("a stream has ended")
             sent = wire.stamp(line)
             if sent is not None:
-                self.taken.append((time.monotonic_ns() - sent) / 1e6)
+                now = time.monotonic_ns()
+                self._seen.taken.append((now - sent) / 1e6)
+                if before is not None:
+                    self._seen.gaps.append((now - before) / 1e6)
+                before = now
         writer.transport.abort()
 
-    def take(self) -> list[float]:
-        taken, self.taken = self.taken, []
-        return taken
+    def take(self) -> Seen:
+        seen, self._seen = self._seen, Seen()
+        return seen
 
 
 # -- the administrator ---------------------------------------------------------------------------
@@ -142,12 +163,24 @@ class Administrator:
             raise ChildFailed(f"{method} {path}: {raw.decode()}")
         return orjson.loads(raw) if raw else None
 
+    def load(self, rows: bytes) -> None:
+        """Import them; the report of each is read and not looked at."""
+        headers = {
+            "Authorization": f"Bearer {ADMIN_KEY}",
+            "Content-Type": "application/x-ndjson",
+        }
+        self._connection.request("POST", "/admin/import", rows, headers)
+        answer = self._connection.getresponse()
+        raw = answer.read()
+        if answer.status != 200 or b'"committed":true' not in raw[:100]:
+            raise ChildFailed(f"the import: {raw[:1000].decode()}")
+
     def close(self) -> None:
         self._connection.close()
 
 
-def work(admin: Administrator, number: int, users: int) -> Iterator[None]:
-    """A round of everything; whoever drives it lets the streams breathe in between."""
+def changes(admin: Administrator, number: int, users: int) -> Iterator[None]:
+    """A round of them; whoever drives it lets the streams breathe in between."""
     name, new = f"user-{number * 37 % users:05}", f"new-{number}"
     grant = {"amount_usd": "1", "reason": "bench"}
     for each in (
@@ -159,16 +192,6 @@ def work(admin: Administrator, number: int, users: int) -> Iterator[None]:
         ("list 1,000 users", "GET", "users?limit=1000"),
         ("look for suspended users", "GET", "users?status=suspended"),
         ("list an organization's users", "GET", f"organizations/org-{number % 100}/users"),
-        ("how a user stands", "GET", f"users/{name}/usage"),
-        ("a user's report by model", "GET", f"users/{name}/usage?group_by=model"),
-        ("report by provider", "GET", "usage?group_by=provider"),
-        ("report by user", "GET", "usage?group_by=user"),
-        ("report by day", "GET", "usage?group_by=day"),
-        ("the last requests", "GET", "requests"),
-        ("a user's last requests", "GET", f"requests?user_id={name}"),
-        ("failed requests", "GET", "requests?outcome=failed"),
-        ("the audit", "GET", "audit"),
-        ("the audit of a user", "GET", f"audit?noun=user&id={name}"),
         ("delete a user", "DELETE", f"users/{new}"),
     ):
         admin.ask(*each)  # type: ignore[arg-type]
@@ -182,49 +205,112 @@ def work(admin: Administrator, number: int, users: int) -> Iterator[None]:
     yield
 
 
+def reports(admin: Administrator, number: int, users: int) -> Iterator[None]:
+    """A round of them."""
+    name = f"user-{number * 37 % users:05}"
+    for each in (
+        ("how a user stands", "GET", f"users/{name}/usage"),
+        ("a user's report by model", "GET", f"users/{name}/usage?group_by=model"),
+        ("report by provider", "GET", "usage?group_by=provider"),
+        ("report by organization", "GET", "usage?group_by=org"),
+        ("report by user", "GET", "usage?group_by=user"),
+        ("report by user, 1,000 a page", "GET", "usage?group_by=user&limit=1000"),
+        ("report by day", "GET", "usage?group_by=day"),
+        ("the last requests", "GET", "requests"),
+        ("a user's last requests", "GET", f"requests?user_id={name}"),
+        ("failed requests", "GET", "requests?outcome=failed"),
+        ("requests of a model that there is not", "GET", "requests?model=none"),
+        ("the audit", "GET", "audit"),
+        ("the audit of a user", "GET", f"audit?noun=user&id={name}"),
+    ):
+        admin.ask(*each)
+        yield
+
+
+def newcomers(count: int) -> bytes:
+    """A file of users who are not there yet, in no order."""
+    return b"".join(
+        orjson.dumps(
+            {
+                "user_id": f"imported-{number:06}",
+                "org_id": f"org-{number % 100}",
+                "email": f"imported.{number}@example.org",
+                "monthly_limit_usd": "25.00",
+                "rpm": 60,
+            }
+        )
+        + b"\n"
+        for number in Random(1).sample(range(count), count)
+    )
+
+
 # -- the run -------------------------------------------------------------------------------------
 
 
+@dataclass(slots=True)
+class Measured:
+    admin: Administrator
+    stretches: dict[str, Seen] = field(default_factory=lambda: defaultdict(Seen))
+    import_s: float = 0.0
+    stored_s: float = 0.0
+
+
+QUIET: Final = "nobody administers"
+CHANGES: Final = "changes, one after the other"
+REPORTS: Final = "reports, one after the other"
+BEFORE: Final = "nobody administers, before the import"
+IMPORT: Final = "the import, until it is in force"
+STORED: Final = "until the database has it"
+
+
 async def measure(
-    port: int, users: int, count: int, rounds: int, seconds: float
-) -> tuple[Administrator, list[float], list[float]]:
+    port: int, users: int, count: int, rounds: int, seconds: float, imported: int
+) -> Measured:
     admin = Administrator(port)
     admin.ask("", "POST", "users", {"user_id": "streamer"})
     key = admin.ask("", "POST", "users/streamer/api-keys", {})["api_key"]
     del admin.took[""]
-    streams, gone = Streams(), asyncio.Event()
-    quiet: list[float] = []
-    busy: list[float] = []
-    number = 0
+    measured, streams, gone = Measured(admin), Streams(), asyncio.Event()
+    rows, number = newcomers(imported), 0
     async with asyncio.TaskGroup() as group:
         for each in range(count):
             group.create_task(streams.read(port, key, each, gone))
         await asyncio.sleep(2)
         for _ in range(rounds):
-            streams.take()
+            for name, work in ((QUIET, None), (CHANGES, changes), (REPORTS, reports)):
+                streams.take()
+                end = time.monotonic() + seconds
+                if work is None:
+                    await asyncio.sleep(seconds)
+                while time.monotonic() < end and work is not None:
+                    steps = work(admin, number, users)
+                    number += 1
+                    # In a thread of its own: to wait for an answer would hold up the reading.
+                    while await asyncio.to_thread(next, steps, "over") != "over":  # noqa: ASYNC110
+                        await asyncio.sleep(0.01)
+                measured.stretches[name].add(streams.take())
+        if imported:
             await asyncio.sleep(seconds)
-            quiet += streams.take()
-            end = time.monotonic() + seconds
-            while time.monotonic() < end:
-                steps = work(admin, number, users)
-                number += 1
-                # In a thread of its own: to wait for an answer would hold up the reading.
-                while await asyncio.to_thread(next, steps, "over") != "over":  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
-            busy += streams.take()
+            measured.stretches[BEFORE] = streams.take()
+            began = time.monotonic()
+            await asyncio.to_thread(admin.load, rows)
+            measured.import_s = time.monotonic() - began
+            measured.stretches[IMPORT] = streams.take()
+            while (await asyncio.to_thread(admin.ask, "", "GET", "usage"))["behind"]:  # noqa: ASYNC110
+                await asyncio.sleep(0.5)
+            del admin.took[""]
+            measured.stored_s = time.monotonic() - began
+            measured.stretches[STORED] = streams.take()
         gone.set()
     admin.close()
-    return admin, quiet, busy
+    return measured
 
 
 def at(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(len(values) * share))]
 
 
-def report(
-    admin: Administrator, quiet: list[float], busy: list[float], users: int, requests: int
-) -> str:
-    shares = (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999))
+def report(measured: Measured, users: int, requests: int, imported: int) -> str:
     lines = [
         "# What administration costs",
         "",
@@ -237,17 +323,31 @@ def report(
         "|---|---:|---:|---:|",
         *(
             f"| {name} | {at(took, 0.5):.1f} | {max(took):.1f} | {len(took)} |"
-            for name, took in admin.took.items()
+            for name, took in measured.admin.took.items()
         ),
         "",
-        "From the upstream's write of an event to its arrival at the client:",
-        "",
-        "| | " + " | ".join(name for name, _ in shares) + " | events |",
-        "|---|---:|---:|---:|---:|",
     ]
-    for name, values in (("nobody administers", quiet), ("somebody does, all the time", busy)):
-        cells = " | ".join(f"{at(values, share):.2f}" for _, share in shares)
-        lines.append(f"| {name} | {cells} | {len(values)} |")
+    if imported:
+        lines += [
+            f"{imported:,} users imported: in force after {measured.import_s:.1f} s, in the",
+            f"database after {measured.stored_s:.1f} s.",
+            "",
+        ]
+    lines += [
+        "What the streams notice: *through* is from the upstream's write of an event to its",
+        f"arrival at the client, *gap* from one event to the next, sent {INTERVAL_MS:g} ms",
+        "apart.",
+        "",
+        "| | through p50 | p99 | worst | gap p50 | p99 | worst | events |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, seen in measured.stretches.items():
+        cells = " | ".join(
+            f"{at(values, share):.2f}"
+            for values in (seen.taken, seen.gaps)
+            for share in (0.5, 0.99, 1)
+        )
+        lines.append(f"| {name} | {cells} | {len(seen.taken):,} |")
     return "\n".join(lines) + "\n"
 
 
@@ -266,7 +366,7 @@ def started(port: int, alive: Callable[[], bool]) -> None:
     raise ChildFailed("the gateway did not start")
 
 
-def run(users: int, requests: int, streams: int, rounds: int, seconds: float) -> str:
+def run(users: int, requests: int, streams: int, rounds: int, seconds: float, imported: int) -> str:
     with tempfile.TemporaryDirectory(prefix="gwproxy-bench-") as name, Children() as children:
         folder = Path(name)
         uvloop.run(fill(folder, users))
@@ -283,8 +383,8 @@ def run(users: int, requests: int, streams: int, rounds: int, seconds: float) ->
             output=folder / "log",
         )
         started(port, lambda: gateway.poll() is None)
-        measured = uvloop.run(measure(port, users, streams, rounds, seconds))
-    return report(*measured, users, requests)
+        measured = uvloop.run(measure(port, users, streams, rounds, seconds, imported))
+    return report(measured, users, requests, imported)
 
 
 def main() -> int:
@@ -294,9 +394,10 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each stretch")
+    parser.add_argument("--import", dest="imported", type=int, default=100_000, help="users")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     args = parser.parse_args()
-    text = run(args.users, args.requests, args.streams, args.rounds, args.seconds)
+    text = run(args.users, args.requests, args.streams, args.rounds, args.seconds, args.imported)
     print(text)
     if args.write:
         RESULTS.write_text(text)

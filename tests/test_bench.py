@@ -181,6 +181,8 @@ def test_tables_are_aligned_and_quantiles_are_values_that_occurred() -> None:
 
 @pytest.mark.slow
 def test_the_bench_of_administration_works() -> None:
-    text = admin_bench(users=100, requests=2_000, streams=2, rounds=1, seconds=0.5)
+    text = admin_bench(users=100, requests=2_000, streams=2, rounds=1, seconds=0.5, imported=2_000)
     assert "| create a user |" in text and "| revoke a key |" in text
-    assert "| somebody does, all the time |" in text
+    assert "| report by user, 1,000 a page |" in text
+    assert "| nobody administers |" in text and "| the import, until it is in force |" in text
+    assert "2,000 users imported: in force after" in text
