@@ -11,6 +11,8 @@ from msgspec.structs import replace
 
 from gwproxy.core.identity import User
 from gwproxy.core.ledger import (
+    REMEMBERED,
+    REMEMBERED_MS,
     VOID,
     Account,
     Balance,
@@ -20,6 +22,7 @@ from gwproxy.core.ledger import (
     State,
     Touched,
     apply,
+    forget,
     held,
     left,
 )
@@ -341,7 +344,35 @@ def test_keys_of_idempotency_are_remembered() -> None:
     book.adjust(5, "grant", idempotency_key="one")
     book.apply(Admin(**book.stamp(), action="x", user=_USER, idempotency_key="two"))
     book.adjust(5, "grant")
-    assert book.state.idempotency == {"one": 1, "two": 2}
+    assert [*book.state.idempotency] == ["one", "two"]
+    assert [lsn for lsn, _ in book.state.idempotency.values()] == [1, 2]
+
+
+def test_keys_of_idempotency_are_forgotten_a_day_later_by_the_time_of_the_records() -> None:
+    state = State()
+
+    def grant(lsn: int, t: int, key: str | None) -> list[str]:
+        apply(
+            state,
+            Adjust(
+                lsn=lsn, t=t, synced=0, accounts=(("user:u", "2026-11"),), delta=1, type="grant",
+                actor="admin", reason="why", idempotency_key=key,
+            ),
+        )  # fmt: skip
+        return [*state.idempotency]
+
+    assert grant(1, 1000, "one") == ["one"]
+    assert grant(2, 2000, "two") == ["one", "two"]
+    assert grant(3, 1000 + REMEMBERED_MS, "three") == ["one", "two", "three"]
+    assert grant(4, 9000 + REMEMBERED_MS, None) == ["one", "two", "three"]  # it has nothing to add
+    assert grant(5, 2001 + REMEMBERED_MS, "one") == ["three", "one"]
+    assert state.idempotency["one"] == (5, 2001 + REMEMBERED_MS)
+
+
+def test_of_very_many_keys_the_newest_are_remembered() -> None:
+    known = {f"{n}": n for n in range(REMEMBERED + 3)}
+    forget(known, REMEMBERED, lambda found: found)
+    assert (len(known), next(iter(known))) == (REMEMBERED, "3")
 
 
 def test_a_closed_period_leaves_the_state() -> None:

@@ -73,7 +73,7 @@ def figures(state: State, since: str = "") -> dict:
             name: (b.lsn, b.t, b.before, b.after, b.until, b.why)
             for name, b in state.breakers.items()
         },
-        "idempotency": state.idempotency,
+        "idempotency": [*state.idempotency.items()],
     }
 
 

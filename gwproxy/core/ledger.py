@@ -6,7 +6,7 @@ changes a balance. Amounts are nano-USD.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -31,8 +31,15 @@ from gwproxy.core.records import (
     Tried,
 )
 
+T = TypeVar("T")
+
 VOID: Final = "void"
 """The outcome of a request that was refused after its record: it counts nowhere."""
+
+REMEMBERED_MS: Final = 24 * 3600 * 1000
+"""So long the keys of changes are known: who sends a request again does so soon."""
+REMEMBERED: Final = 100_000
+"""The newest of them at most: 30 MB."""
 
 Key = tuple[str, str]
 """An account and a period: ("user:alice", "2026-11")."""
@@ -202,8 +209,9 @@ class State:
         self.holds: dict[int, Hold] = {}
         self.alerts: set[tuple[str, str, int]] = set()
         self.breakers: dict[str, Breaker] = {}
-        self.idempotency: dict[str, int] = {}
-        """Keys of adjustments and admin changes, with the LSN that each one led to."""
+        self.idempotency: dict[str, tuple[int, int]] = {}
+        """Keys of adjustments and admin changes: the LSN that each one led to, and when. In that
+        order, and no more of them than `forget` leaves."""
         self.directory = directory
 
     def balance(self, key: Key) -> Balance:
@@ -289,8 +297,7 @@ def _adjust(state: State, record: Adjust) -> Touched:
             balance.credited += record.delta
         else:
             balance.spent += record.delta
-    if record.idempotency_key is not None:
-        state.idempotency[record.idempotency_key] = record.lsn
+    _remember(state, record)
     return Touched(record, keys=record.accounts)
 
 
@@ -306,9 +313,30 @@ def _close(state: State, record: Close) -> Touched:
 def _admin(state: State, record: Admin) -> Touched:
     if state.directory is not None:
         state.directory(record)
-    if record.idempotency_key is not None:
-        state.idempotency[record.idempotency_key] = record.lsn
+    _remember(state, record)
     return Touched(record)
+
+
+def _remember(state: State, record: Adjust | Admin) -> None:
+    """The record's key, and at that occasion no longer those that are old by the record's time: so
+    whoever reads the same records knows the same keys."""
+    name = record.idempotency_key
+    if name is None:
+        return
+    state.idempotency.pop(name, None)
+    state.idempotency[name] = record.lsn, record.t
+    forget(state.idempotency, record.t, lambda found: found[1])
+
+
+def forget(known: dict[str, T], now: int, at: Callable[[T], int]) -> None:
+    """Drop the oldest of `known`, which are first: those of before yesterday, and too many ones."""
+    gone: list[str] = []
+    for name, found in known.items():
+        if at(found) >= now - REMEMBERED_MS and len(known) - len(gone) <= REMEMBERED:
+            break
+        gone.append(name)
+    for name in gone:
+        del known[name]
 
 
 def _import(state: State, record: Import) -> Touched:

@@ -58,7 +58,7 @@ class Adjustments:
             finally:
                 # It counts also where nobody knows whether it was written.
                 if by.once is not None and ledger.state.lsn == record.lsn:
-                    self._repeats.remember(by.once, record.lsn, None)
+                    self._repeats.remember(by.once, record.lsn, record.t, None)
         await self._durable(ledger.state.lsn)
 
 

@@ -10,12 +10,10 @@ from hashlib import sha256
 from typing import Final
 
 from gwproxy.core.errors import Conflict
+from gwproxy.core.ledger import forget
 
 _NAME_BYTES: Final = 16
 _PRINT_BYTES: Final = 8
-
-REMEMBERED: Final = 100_000
-"""The newest ones, 30 MB of them: who sends a request again does so soon."""
 
 
 def once(actor: str, route: str, key: str, body: bytes) -> str:
@@ -28,6 +26,7 @@ def once(actor: str, route: str, key: str, body: bytes) -> str:
 class Made:
     lsn: int
     """Of the record that the request led to."""
+    t: int
     id: str | None
     """Of the row that it is about; None where that is no row of the directory."""
     mark: str
@@ -37,12 +36,12 @@ class Repeats:
     def __init__(self) -> None:
         self._made: dict[str, Made] = {}
 
-    def remember(self, mark: str, lsn: int, id: str | None) -> None:
+    def remember(self, mark: str, lsn: int, t: int, id: str | None) -> None:
+        """As long as the ledger's state does, and no longer."""
         name = mark.partition(".")[0]
         if name not in self._made:
-            self._made[name] = Made(lsn, id, mark)
-            if len(self._made) > REMEMBERED:
-                del self._made[next(iter(self._made))]
+            self._made[name] = Made(lsn, t, id, mark)
+            forget(self._made, t, _when)
 
     def find(self, mark: str | None) -> Made | None:
         """What this request has led to already; Conflict where another one had its key."""
@@ -56,3 +55,7 @@ class Repeats:
                 param="Idempotency-Key",
             )
         return made
+
+
+def _when(made: Made) -> int:
+    return made.t

@@ -32,7 +32,7 @@ from gwproxy.state.keyring import Keyring
 from gwproxy.state.lately import Lately
 from gwproxy.state.ledger import Clock, Ledger, Recent
 from gwproxy.state.outage import Condition, Outage
-from gwproxy.state.repeats import REMEMBERED, Repeats
+from gwproxy.state.repeats import Repeats
 from gwproxy.state.upkeep import Upkeep
 from gwproxy.storage import directory as storage
 from gwproxy.storage import imports, reports
@@ -267,7 +267,7 @@ class Store:
                 keyring.apply(row)
 
         repeats = Repeats()
-        for made in await storage.load_repeats(database, REMEMBERED):
+        for made in await storage.load_repeats(database):
             repeats.remember(*made)
         awaited: set[str] = set()
 
@@ -279,7 +279,8 @@ class Store:
             row = record.row
             keyring.apply(row)
             if record.idempotency_key is not None:
-                repeats.remember(record.idempotency_key, record.lsn, storage.named(row)[1])
+                name = storage.named(row)[1]
+                repeats.remember(record.idempotency_key, record.lsn, record.t, name)
 
         state = await load_state(database, breathe=_breathe, directory=change)
         recent = Recent()
@@ -305,9 +306,9 @@ class Store:
         )
         clock = Clock(wall, time.monotonic)
         ledger = Ledger(state, journal, clock.now_ms, recent)
-        for sent, lsn in state.idempotency.items():
+        for sent, (lsn, t) in state.idempotency.items():
             if lsn > mark.lsn:  # of adjustments that the database does not have yet
-                repeats.remember(sent, lsn, None)
+                repeats.remember(sent, lsn, t, None)
         settled = ledger.recover()
         await imports.sweep(database, files, kept.journal, journal.first_lsn, awaited)
         upkeep = Upkeep(journal, log, time.monotonic)

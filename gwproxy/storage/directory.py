@@ -43,15 +43,14 @@ async def load(database: Database) -> list[Row]:
     ]
 
 
-async def load_repeats(database: Database, most: int) -> list[tuple[str, int, str | None]]:
+async def load_repeats(database: Database) -> list[tuple[str, int, int, str | None]]:
     """Of the last requests that were sent under a key of their own, oldest first: the mark, the
-    record that it led to, and the id of the row that this was about, if it was one."""
+    record that it led to, its time, and the id of the row that this was about, if it was one."""
     rows = await database.read(
-        "SELECT key, lsn, iif(action IN ('grant', 'reset'), NULL, id) AS id"
-        " FROM idempotency LEFT JOIN audit USING (lsn) ORDER BY lsn DESC LIMIT ?",
-        (most,),
+        "SELECT key, lsn, idempotency.t, iif(action IN ('grant', 'reset'), NULL, id) AS id"
+        " FROM idempotency LEFT JOIN audit USING (lsn) ORDER BY lsn"
     )
-    return [(row["key"], row["lsn"], row["id"]) for row in reversed(rows)]
+    return [tuple(row) for row in rows]
 
 
 def organizations(connection: sqlite3.Connection) -> list[Organization]:

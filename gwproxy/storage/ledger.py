@@ -216,10 +216,10 @@ async def load_state(
         (since, "", 0),
     ):
         state.alerts.add((account, period, percent))
-    async for key, lsn in rows(
-        "SELECT key, lsn FROM idempotency WHERE key > ? ORDER BY key", ("",)
+    async for lsn, key, t in rows(
+        "SELECT lsn, key, t FROM idempotency WHERE lsn > ? ORDER BY lsn", (0,)
     ):
-        state.idempotency[key] = lsn
+        state.idempotency[key] = lsn, t
     async for provider, lsn, t, before, after, until, why in rows(
         "SELECT provider, lsn, t, before, after, until, why FROM breaker"
         " WHERE provider > ? ORDER BY provider",
@@ -443,6 +443,10 @@ def write(
         connection.executemany("DELETE FROM balance WHERE account = ? AND period = ?", archived)
     for record, entries in batch.others:
         _write_other(connection, record, entries, rows_of)
+    if any(isinstance(r, Admin | Adjust) and r.idempotency_key for r, _ in batch.others):
+        oldest, _ = next(iter(state.idempotency.values()))
+        assert_in_transaction(connection)
+        connection.execute("DELETE FROM idempotency WHERE lsn < ?", (oldest,))
 
     assert_in_transaction(connection)
     moved = connection.execute(
