@@ -194,7 +194,7 @@ def changes(admin: Administrator, number: int, users: int) -> Iterator[None]:
         ("list an organization's users", "GET", f"organizations/org-{number % 100}/users"),
         ("delete a user", "DELETE", f"users/{new}"),
     ):
-        admin.ask(*each)  # type: ignore[arg-type]
+        admin.ask(*each)
         yield
     key = admin.ask("create a key", "POST", f"users/{name}/api-keys", {})
     yield
