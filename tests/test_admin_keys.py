@@ -4,7 +4,7 @@ import pytest
 from multidict import CIMultiDict
 
 from gwproxy.core.errors import InvalidApiKey
-from gwproxy.core.identity import well_formed
+from gwproxy.core.identity import digest, well_formed
 from tests.plane import ADMIN_KEY, START, Plane, make_key, reopened
 from tests.scene import until
 
@@ -166,6 +166,30 @@ async def test_how_a_key_was_used_is_shown_at_once_and_survives_a_restart(plane:
     again = (await reopened(plane)).use(made["key_id"])
     assert again == plane.keyring.use(made["key_id"])
     assert (again.count, again.address) == (2, "192.0.2.2")
+
+
+async def test_how_an_admin_key_was_used_is_shown_and_survives_a_restart(plane: Plane):
+    made = await make_admin(plane)
+    assert (made["last_used_at"], made["last_used_from"], made["use_count"]) == (None, None, 0)
+    path = f"/admin/admin-keys/{made['key_id']}"
+    plane.seconds[0] = 5
+    for wanted in (1, 2):
+        _, shown = await by(plane, made["admin_key"], "GET", path)
+        assert (shown["use_count"], shown["last_used_from"]) == (wanted, "127.0.0.1")
+        assert shown["last_used_at"] == "2027-01-15T08:00:05Z"
+    await until(lambda: plane.store.writer.applied == plane.store.ledger.state.lsn)
+    await plane.store.store_key_use()
+    assert plane.keyring.used_since_stored() == []
+    again = (await reopened(plane)).use(made["key_id"])
+    assert again == plane.keyring.use(made["key_id"])
+    assert (again.count, again.address) == (2, "127.0.0.1")
+
+
+async def test_an_admin_key_is_found_by_its_secret(plane: Plane):
+    made = await make_admin(plane)
+    path = f"/admin/admin-keys/{made['key_id']}?sha256="
+    assert (await plane.call("GET", path + digest(made["admin_key"]).hex()))[0] == 200
+    assert (await plane.call("GET", path + digest("another").hex()))[0] == 404
 
 
 async def test_a_key_ends_with_its_user(plane: Plane):

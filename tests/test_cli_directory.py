@@ -15,7 +15,7 @@ import orjson
 import pytest
 from aiohttp import web
 
-from gwproxy.cli.directory import add_commands
+from gwproxy.cli import admin_keys, directory
 from gwproxy.core.identity import KeyKind, checksum, digest, mint, well_formed
 from gwproxy.log import Log
 from gwproxy.state.keyring import Keyring
@@ -65,7 +65,9 @@ class Shell:
 
     def run(self, *argv: str) -> int:
         parser = argparse.ArgumentParser(prog="gwproxy")
-        add_commands(parser.add_subparsers(required=True))
+        families = parser.add_subparsers(required=True)
+        directory.add_commands(families)
+        admin_keys.add_commands(families)
         self.capsys.readouterr()
         try:
             args = parser.parse_args(argv)
@@ -412,6 +414,26 @@ def test_keys_that_leaked_are_found_in_any_text_and_revoked(shell, monkeypatch):
     assert shell.run("keys", "revoke", "--from-stdin") == 0
     assert "no key" in shell.err
     assert shell.run("keys", "revoke") == 2
+
+
+def test_an_administrators_key_that_leaked_is_revoked_too_and_a_forged_one_revokes_nothing(
+    shell, monkeypatch
+):
+    texts = []
+    for _ in range(2):
+        shell.run("admin-keys", "create", "--json")
+        texts.append(orjson.loads(shell.out))
+    leaked, kept = texts
+    forged = kept["admin_key"][:17] + "0" * 32
+    forged += checksum(forged)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{leaked['admin_key']}\n{forged}"))
+    assert shell.run("keys", "revoke", "--from-stdin", "--json") == 0
+    assert orjson.loads(shell.out)["data"] == [
+        {"key_id": leaked["key_id"], "result": "revoked"},
+        {"key_id": kept["key_id"], "result": "not known here, or revoked before"},
+    ]
+    shell.run("admin-keys", "list", "--json")
+    assert [each["key_id"] for each in orjson.loads(shell.out)["data"]] == [kept["key_id"]]
 
 
 def test_an_unknown_id_does_not_keep_the_other_keys_alive(shell):

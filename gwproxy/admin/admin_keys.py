@@ -8,7 +8,9 @@ import msgspec
 from gwproxy.admin import body as checked
 from gwproxy.admin.ask import Answer, Ask, Route
 from gwproxy.admin.body import Id, Moment, ShownTime, Text
+from gwproxy.admin.keys import FoundQuery
 from gwproxy.core import identity
+from gwproxy.core.errors import NotFound
 from gwproxy.core.identity import Scope
 from gwproxy.state.directory import Directory
 
@@ -28,6 +30,9 @@ class AdminKey(msgspec.Struct, kw_only=True):
     scope: Scope
     created_at: ShownTime
     expires_at: ShownTime | None
+    last_used_at: ShownTime | None
+    last_used_from: str | None
+    use_count: int
     revoked_at: ShownTime | None
 
 
@@ -72,7 +77,7 @@ class AdminKeys:
                 path=one,
                 do=self.show,
                 summary="Show an admin key, without its text.",
-                query=checked.Shown,
+                query=FoundQuery,
                 answers=AdminKey,
             ),
             Route(
@@ -92,34 +97,39 @@ class AdminKeys:
             expires_at=checked.seconds("expires_at", body.expires_at),
             by=ask.by,
         )
-        return Answer(CreatedAdminKey(admin_key=text, **_shown(row)), row.version)
+        return Answer(CreatedAdminKey(admin_key=text, **self._shown(row)), row.version)
 
     async def list(self, ask: Ask, query: checked.Page) -> Answer:
         def shown(row: identity.AdminKey) -> AdminKey | None:
             gone = row.revoked_at is not None and not query.deleted
-            return None if gone else AdminKey(**_shown(row))
+            return None if gone else AdminKey(**self._shown(row))
 
         rows = self._directory.keyring.admin_keys()
         if after := checked.cursor(query):
             rows = islice(dropwhile(lambda row: row.key_id != after, rows), 1, None)
         return Answer(AdminKeyPage(*checked.listing(rows, query, shown, lambda row: row.key_id)))
 
-    async def show(self, ask: Ask, key_id: str, query: checked.Shown) -> Answer:
+    async def show(self, ask: Ask, key_id: str, query: FoundQuery) -> Answer:
         row = self._directory.admin_key(key_id, deleted=query.deleted)
-        return Answer(AdminKey(**_shown(row)), row.version)
+        if query.sha256 not in (None, row.digest.hex()):
+            raise NotFound("There is no admin key with this id and this secret.")
+        return Answer(AdminKey(**self._shown(row)), row.version)
 
     async def revoke(self, ask: Ask, key_id: str) -> Answer:
         await self._directory.revoke_admin_key(key_id, match=ask.match, by=ask.by)
         return Answer()
 
-
-def _shown(row: identity.AdminKey) -> dict[str, Any]:
-    return {
-        "key_id": row.key_id,
-        "prefix": row.prefix,
-        "name": row.name,
-        "scope": row.scope,
-        "created_at": checked.time_of(row.created_at),
-        "expires_at": checked.time_out(row.expires_at),
-        "revoked_at": checked.time_out(row.revoked_at),
-    }
+    def _shown(self, row: identity.AdminKey) -> dict[str, Any]:
+        use = self._directory.keyring.use(row.key_id)
+        return {
+            "key_id": row.key_id,
+            "prefix": row.prefix,
+            "name": row.name,
+            "scope": row.scope,
+            "created_at": checked.time_of(row.created_at),
+            "expires_at": checked.time_out(row.expires_at),
+            "last_used_at": checked.time_out(use.at or None),
+            "last_used_from": use.address,
+            "use_count": use.count,
+            "revoked_at": checked.time_out(row.revoked_at),
+        }

@@ -74,6 +74,8 @@ class AdminAuth:
             self._count_failure(address)
             raise unauthorized(_WRONG)
         actor, scope = found
+        if actor != BOOTSTRAP:
+            self._keyring.used_by_admin(actor, self._clock(), peer)
         return Administrator(Author(actor, peer or "", request_id), scope)
 
     def permit(self, admin: Administrator, *, writes: bool) -> None:

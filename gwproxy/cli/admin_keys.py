@@ -52,7 +52,7 @@ async def _create(args: argparse.Namespace, call: Call) -> int:
 
 
 async def _list(args: argparse.Namespace, call: Call) -> int:
-    columns = ["key_id", "prefix", "name", "scope", "created_at", "expires_at"]
+    columns = ["key_id", "prefix", "name", "scope", "created_at", "expires_at", "last_used_at"]
     if args.deleted:
         columns.append("revoked_at")
     await print_list(args, call, ("admin-keys",), columns)

@@ -391,7 +391,9 @@ async def _revoke_leaked(call: Call, key: KeyText, hashed: str) -> dict[str, Any
     done = {"key_id": key.key_id, "result": "revoked"}
     try:
         if key.kind is KeyKind.ADMIN:
-            await call(Ask("DELETE", ("admin-keys", key.key_id)))
+            path = ("admin-keys", key.key_id)
+            await call(Ask("GET", path, query=(("sha256", hashed),)))
+            await call(Ask("DELETE", path))
         else:
             user_id = (await _found(call, key.key_id, ("sha256", hashed)))["user_id"]
             await call(Ask("DELETE", ("users", user_id, "api-keys", key.key_id)))

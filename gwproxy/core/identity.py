@@ -247,6 +247,9 @@ class AdminKey:
     created_at: int
     expires_at: int | None = None
     revoked_at: int | None = None
+    last_used_at: int | None = None  # this and the next two as of an ApiKey
+    last_used_from: str | None = None
+    use_count: int = 0
     version: int = 1
 
 

@@ -127,6 +127,7 @@ class Keyring:
         self._used: list[_Use] = []  # since it was last stored
         self._admin_keys: dict[str, AdminKey] = {}
         self._admin_keys_by_digest: dict[bytes, AdminKey] = {}
+        self._admin_uses: dict[str, _Use] = {}
         self._key_ids: dict[str, list[str]] = {}  # by user, in the order of creation
         self._emails: dict[str, str] = {}
         # Kept sorted so that a page of a long list costs a binary search, not a sort.
@@ -169,14 +170,16 @@ class Keyring:
             raise AccountSuspended(_USER_SUSPENDED)
         if organization.status is not _ACTIVE:
             raise AccountSuspended(_ORG_SUSPENDED)
-        use = door.use
+        self._use(door.use, now, address)
+        return principal
+
+    def _use(self, use: "_Use", now: float, address: str | None) -> None:
         use.at = now
         use.address = address
         use.count += 1
         if use.stored:
             use.stored = False
             self._used.append(use)
-        return principal
 
     def limited(self, principal: Principal) -> tuple[ApiKey, User]:
         """The key and the user whose limits hold for this caller, as they are now."""
@@ -204,6 +207,8 @@ class Keyring:
             case AdminKey():
                 self._admin_keys[change.key_id] = change
                 self._admin_keys_by_digest[change.digest] = change
+                if change.key_id not in self._admin_uses:
+                    self._admin_uses[change.key_id] = _use_of(change)
 
     def _apply_user(self, user: User) -> None:
         before = self._users.get(user.user_id)
@@ -224,7 +229,7 @@ class Keyring:
     def _apply_key(self, key: ApiKey) -> None:
         known = self._doors_by_id.get(key.key_id)
         if known is None:
-            use = _Use(key.key_id, float(key.last_used_at or 0), key.last_used_from, key.use_count)
+            use = _use_of(key)
             self._key_ids.setdefault(key.user_id, []).append(key.key_id)
         else:
             use = known.use
@@ -345,14 +350,21 @@ class Keyring:
         return None if door is None else door.key
 
     def use(self, key_id: str) -> Use:
-        """How a key was used so far; `at` 0: not at all."""
-        return _shown(self._doors_by_id[key_id].use)
+        """How a key, an administrator's too, was used so far; `at` 0: not at all."""
+        return _shown(self._use_by_id(key_id))
+
+    def _use_by_id(self, key_id: str) -> _Use:
+        return self._admin_uses.get(key_id) or self._doors_by_id[key_id].use
 
     def admin_key(self, key_id: str) -> AdminKey | None:
         return self._admin_keys.get(key_id)
 
     def admin_key_of(self, digest: bytes) -> AdminKey | None:
         return self._admin_keys_by_digest.get(digest)
+
+    def used_by_admin(self, key_id: str, now: float, address: str | None) -> None:
+        """Note that this admin key has opened the plane."""
+        self._use(self._admin_uses[key_id], now, address)
 
     def admin_keys(self) -> Iterable[AdminKey]:
         """Revoked ones too, oldest first."""
@@ -384,7 +396,7 @@ class Keyring:
 
     def not_stored(self, uses: Iterable[Use]) -> None:
         for each in uses:
-            use = self._doors_by_id[each.key_id].use
+            use = self._use_by_id(each.key_id)
             if use.stored:
                 use.stored = False
                 self._used.append(use)
@@ -392,6 +404,10 @@ class Keyring:
 
 def _digests(key: ApiKey) -> list[bytes]:
     return [key.digest, *(old.digest for old in key.previous)]
+
+
+def _use_of(key: ApiKey | AdminKey) -> _Use:
+    return _Use(key.key_id, float(key.last_used_at or 0), key.last_used_from, key.use_count)
 
 
 def _shown(use: _Use) -> Use:

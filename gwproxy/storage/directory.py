@@ -114,13 +114,21 @@ async def update_uses(database: Database, uses: Sequence[Use]) -> bool:
 
     Not a change that anybody made: versions stay.
     """
-    sql = (
-        "UPDATE api_key SET last_used_at = ?2, last_used_from = ?3, use_count = ?4"
-        " WHERE key_id = ?1"
-    )
     rows = [(use.key_id, use.at, use.address, use.count) for use in uses]
+
+    def update(connection: sqlite3.Connection) -> int:
+        # An id is in one of them: they begin differently.
+        return sum(
+            connection.executemany(
+                f"UPDATE {table} SET last_used_at = ?2, last_used_from = ?3, use_count = ?4"
+                " WHERE key_id = ?1",
+                rows,
+            ).rowcount
+            for table in ("api_key", "admin_key")
+        )
+
     try:
-        done = await database.commit(lambda connection: connection.executemany(sql, rows).rowcount)
+        done = await database.commit(update)
     except StorageUnavailable:
         return False  # whoever writes what counts will meet the same fault, and tell
     return done == len(rows)
@@ -212,6 +220,9 @@ def _columns(row: Row) -> tuple[str, str, dict[str, Any]]:
                     "created_at": row.created_at,
                     "expires_at": row.expires_at,
                     "revoked_at": row.revoked_at,
+                    "last_used_at": row.last_used_at,
+                    "last_used_from": row.last_used_from,
+                    "use_count": row.use_count,
                     "version": row.version,
                 },
             )
@@ -287,6 +298,9 @@ def _admin_key(row: sqlite3.Row) -> AdminKey:
         created_at=row["created_at"],
         expires_at=row["expires_at"],
         revoked_at=row["revoked_at"],
+        last_used_at=row["last_used_at"],
+        last_used_from=row["last_used_from"],
+        use_count=row["use_count"],
         version=row["version"],
     )
 
