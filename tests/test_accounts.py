@@ -1,13 +1,15 @@
 """Accounts: whose money a request is, what is left of it, and how that is told."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from gwproxy.core.identity import FailureMode
+from gwproxy.core.identity import FailureMode, Organization
 from gwproxy.core.ledger import Account, Balance, State
 from gwproxy.core.period import end_ms
-from gwproxy.state.accounts import Accounts, Figures, Terms, fields, figures, tightest
+from gwproxy.state import accounts
+from gwproxy.state.accounts import Accounts, Figures, Payer, Terms, fields, figures, tightest
 from tests.office import DAY, MONTH, NOW_S, USD, Office
 
 NOW_MS = int(NOW_S * 1000)
@@ -20,9 +22,7 @@ def office(tmp_path: Path) -> Office:
 
 
 def of(office: Office, *, degraded: bool = False) -> tuple[Account, ...]:
-    return office.accounts.of(
-        office.principal, office.organization, (MONTH, DAY), degraded=degraded
-    )
+    return office.accounts.payer(office.principal, (MONTH, DAY), degraded=degraded).accounts
 
 
 def state(**balances: Balance) -> State:
@@ -54,6 +54,53 @@ def test_a_changed_limit_holds_for_the_next_request(office: Office) -> None:
     assert [account.limit for account in of(office)] == [USD, 0, 3]
 
 
+def test_a_payer_is_kept_until_a_row_the_month_or_the_caller_is_another(office: Office) -> None:
+    def payer(month: str = MONTH) -> Payer:
+        return office.accounts.payer(office.principal, (month, f"{month}-01"))
+
+    kept = payer()
+    assert payer() is kept
+    for change in (office.change_key, office.change_user, office.change_organization):
+        change(version=2)
+        assert payer() is not kept
+        kept = payer()
+        assert payer() is kept
+    assert payer("2026-12").accounts[0].period == "2026-12"
+    assert payer().accounts[0].period == MONTH
+    office.keyring.apply(Organization(org_id="other", monthly_budget=7, created_at=1))
+    office.change_user(org_id="other")
+    assert payer().accounts[2].name == "org:acme"  # a request that was let in before the move
+    office.principal = office.principal_of(office.key)
+    assert payer().accounts[2] == Account("org:other", MONTH, 7)
+
+
+def test_a_payer_has_the_limits_of_the_rows_as_they_are(office: Office) -> None:
+    def payer() -> Payer:
+        return office.accounts.payer(office.principal, (MONTH, DAY))
+
+    assert payer().limits == ()
+    assert [account.name for account in payer().limited] == ["user:alice"]
+    office.change_key(rpm=3, monthly_limit=9)
+    assert [limit.rpm for limit in payer().limits] == [3]
+    assert [account.name for account in payer().limited] == ["key:key_1", "user:alice"]
+    degraded = office.accounts.payer(office.principal, (MONTH, DAY), degraded=True)
+    assert degraded.limited[-1] == degraded.accounts[-1] == Account("outage:acme", DAY, 2 * USD)
+    office.accounts.terms = Terms(outage_daily=USD)
+    degraded = office.accounts.payer(office.principal, (MONTH, DAY), degraded=True)
+    assert degraded.limited[-1].limit == USD
+
+
+def test_callers_who_are_kept_do_not_fill_the_memory(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accounts, "REMEMBERED", 3)
+    for number in range(8):
+        key = replace(office.key, key_id=f"key_{number}", digest=b"%d" % number)
+        office.keyring.apply(key)
+        office.accounts.payer(office.principal_of(key), (MONTH, DAY))
+    assert len(office.accounts._payers) <= 3
+
+
 @pytest.mark.parametrize(
     ("own", "limit"),
     [(None, 2 * USD), (7 * USD, 7 * USD), (0, 0)],  # none of his own is never no limit at all
@@ -69,6 +116,17 @@ def test_a_provider_may_have_a_budget_a_day(office: Office) -> None:
     accounts = Accounts(office.keyring, Terms(provider_daily={"a": 10}))
     assert accounts.provider("a", DAY) == Account("provider:a", DAY, 10)
     assert accounts.provider("b", DAY) == Account("provider:b", DAY, None)
+
+
+def test_a_providers_account_is_kept_until_its_limit_or_the_day_is_another(office: Office) -> None:
+    accounts = Accounts(office.keyring, Terms(provider_daily={"a": 10}))
+    assert accounts.provider("a", DAY) is accounts.provider("a", DAY)
+    accounts.terms = Terms(provider_daily={"a": 11})
+    assert accounts.provider("a", DAY).limit == 11
+    accounts.terms = Terms()
+    assert accounts.provider("a", DAY).limit is None
+    assert accounts.provider("a", "2026-11-30").period == "2026-11-30"
+    assert accounts.provider("a", DAY).period == DAY
 
 
 def test_without_a_word_of_the_operator_an_outage_is_closed_and_costs_nothing() -> None:

@@ -228,6 +228,21 @@ def test_applying_a_row_twice_changes_nothing():
     assert [org.org_id for org in keyring.organizations_after("")] == ["acme"]
 
 
+def test_what_was_made_of_rows_is_good_for_one_version_of_them():
+    keyring = make()
+    versions = [keyring.version]
+    for row in (replace(ORG, monthly_budget=5), replace(ROW, rpm=3)):
+        keyring.apply(row)
+        versions.append(keyring.version)
+    with keyring.watch():
+        for _ in keyring.prepare({}, {}, "file"):
+            pass
+        assert keyring.version == versions[-1]
+        keyring.take(keyring.prepared)
+    versions.append(keyring.version)
+    assert len({*versions}) == 4
+
+
 def test_addresses_are_found_whatever_their_capitals_and_freed_by_a_deletion():
     keyring = make()
     assert keyring.user_with_email("ann@EXAMPLE.org") == ANN

@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from fractions import Fraction
@@ -27,7 +28,7 @@ from gwproxy import assets
 from gwproxy.cli.prices import build
 from gwproxy.core.money import Picos, nanos_from_picos
 from gwproxy.core.pricing import PriceBook, Rate, Tier
-from gwproxy.core.routing import Provider, Routes
+from gwproxy.core.routing import Candidate, Provider, Routes
 from gwproxy.core.usage import Usage
 
 BOOK = PriceBook(assets.prices())
@@ -538,6 +539,32 @@ def test_hours_of_the_day_change_the_price_also_over_midnight() -> None:
     ]:
         assert input_price(book, day(f"2026-04-01T{clock}")) == price, clock
     assert input_price(book, None) == 20
+
+
+def test_a_candidates_rate_is_that_of_the_moment_and_of_the_book() -> None:
+    candidate = Candidate(Provider("one", "one", "one"), "m", "one/m", "m")
+
+    def price(book: PriceBook, at_s: float) -> int:
+        rate = book.rate_of(candidate, at_s)
+        assert rate is not None
+        return rate.tiers[0].input
+
+    changing = PriceBook(table(flat(10), {"from": "2026-03-01", **flat(7)}))
+    assert price(changing, day("2026-02-28")) == 10
+    assert price(changing, day("2026-03-01")) == 7
+    lasting = PriceBook(table(flat(10)))
+    assert price(lasting, day("2026-02-28")) == 10
+    assert price(lasting, day("2026-03-01")) == 10
+    assert price(lasting.with_overrides({"one/m": FREE}), day("2026-03-01")) == 0
+    assert lasting.rate_of(replace(candidate, model="n"), day("2026-03-01")) is None
+
+
+def test_candidates_that_callers_make_up_do_not_fill_the_memory() -> None:
+    book = PriceBook(table(flat(10)), {"one/*": FREE})
+    for number in range(10_000):
+        made_up = Candidate(Provider("one", "one", "one"), f"m{number}", "", "")
+        assert book.rate_of(made_up, 0.0) is not None
+    assert len(book._lasting) <= 4096
 
 
 def test_the_history_has_every_price_with_its_time() -> None:

@@ -77,9 +77,10 @@ class _Lengths:
     def add(self, tokens: int) -> None:
         before = self.packed
         self.packed = (before + tokens.to_bytes(4, "little"))[-4 * KEPT :]
-        if self._known and self._p95 is not None and len(before) == 4 * KEPT:
+        most = self._p95
+        if self._known and most is not None and len(before) == 4 * KEPT:
             gone = int.from_bytes(before[:4], "little")
-            if max(gone, tokens) < self._p95 or min(gone, tokens) > self._p95:
+            if gone == tokens or (tokens <= most if gone < most else gone > most <= tokens):
                 return  # one for another on the same side: nine times in ten nothing moves
         self._known = False
 

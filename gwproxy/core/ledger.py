@@ -135,33 +135,29 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     rates: Rates | None = None
 
 
-class Touched:
+class Touched(msgspec.Struct, frozen=True, gc=False):
     """The rows that a record changed, made when they are asked for: the path of a request does not.
 
     `balances` and `reservation` name them; the state has the rest.
     """
 
-    __slots__ = ("_hold", "_keys", "_record")
-
-    def __init__(
-        self, record: AnyRecord, hold: Hold | None = None, keys: Sequence[Key] | None = None
-    ) -> None:
-        self._record = record
-        self._hold = hold
-        self._keys = keys
+    record: AnyRecord
+    hold: Hold | None = None
+    keys: Sequence[Key] | None = None
+    """The balances, where they are others than those that the hold is on."""
 
     @property
     def reserve(self) -> Reserve | None:
         """How the reservation began that it is about."""
-        return None if self._hold is None else self._hold.reserve
+        return None if self.hold is None else self.hold.reserve
 
     @property
     def entries(self) -> list[Entry]:
         """The new lines of the accounts."""
-        record = self._record
+        record = self.record
         if isinstance(record, Settle):
-            assert self._hold is not None, "what was settled had a hold"
-            return list(_charges(record, self._hold))
+            assert self.hold is not None, "what was settled had a hold"
+            return list(_charges(record, self.hold))
         if isinstance(record, Adjust):
             return [
                 Entry(
@@ -179,12 +175,11 @@ class Touched:
 
     @property
     def balances(self) -> Sequence[Key]:
-        if self._keys is not None:
-            return self._keys
-        holds: Sequence[Held] = ()
-        if self._hold is not None:
-            holds = self._hold.holds
-        return [(held.account, held.period) for held in holds]
+        if self.keys is not None:
+            return self.keys
+        if self.hold is None:
+            return ()
+        return [(held.account, held.period) for held in self.hold.holds]
 
     @property
     def reservation(self) -> int | None:
@@ -193,10 +188,12 @@ class Touched:
     @property
     def request(self) -> Request | None:
         """The request's row, at its admission and at its settlement."""
-        record = self._record
-        if self._hold is None or isinstance(record, Mark | Attempt):
+        record, hold = self.record, self.hold
+        if hold is None:
             return None
-        return _settled(self._hold, record) if isinstance(record, Settle) else admitted(self._hold)
+        if isinstance(record, Settle):
+            return _settled(hold, record)
+        return admitted(hold) if record is hold.reserve else None
 
 
 class State:
@@ -242,8 +239,11 @@ def apply(state: State, record: AnyRecord) -> Touched:
 
 def _reserve(state: State, record: Reserve) -> Touched:
     hold = state.holds[record.lsn] = Hold(record)
+    balances = state.balances
     for held in record.holds:
-        state.balance((held.account, held.period)).held += held.hold
+        key = (held.account, held.period)
+        balance = balances.get(key) or state.balance(key)
+        balance.held += held.hold
     return Touched(record, hold)
 
 
@@ -266,12 +266,14 @@ def _attempt(state: State, record: Attempt) -> Touched:
 def _settle(state: State, record: Settle) -> Touched:
     hold = _open(state, record.r, record.lsn)
     del state.holds[record.r]
+    balances = state.balances
     cost, counts = record.cost, record.outcome != VOID
+    first = hold.attempt is None  # as nearly always: what it cost is one provider's, and all of it
     for held in hold.holds:
-        balance = state.balance((held.account, held.period))
+        key = (held.account, held.period)
+        balance = balances.get(key) or state.balance(key)
         balance.held -= held.hold
-        # The first three are the caller's own, as nearly all are.
-        balance.spent += cost if held.account[:9] != "provider:" else _cost_of(held, hold, record)
+        balance.spent += cost if first else _cost_on(held, hold, record)
         balance.count += counts
     return Touched(record, hold)
 
@@ -279,9 +281,7 @@ def _settle(state: State, record: Settle) -> Touched:
 def _charges(record: Settle, hold: Hold) -> Iterator[Entry]:
     """The lines of a settlement: what was above the hold stands on one of its own."""
     for held in hold.holds:
-        amount = record.cost
-        if held.account.startswith("provider:"):
-            amount = _cost_of(held, hold, record)
+        amount = _cost_on(held, hold, record)
         over = max(0, amount - held.hold)
         line = (record.lsn, record.r, held.account, held.period)
         if over:
@@ -396,9 +396,9 @@ def _hold_instead(state: State, hold: Hold, holds: tuple[Held, ...]) -> list[Key
     return keys
 
 
-def _cost_of(own_line: Held, hold: Hold, record: Settle) -> int:
-    """What of the cost is one provider's own."""
-    if hold.attempt is None:
+def _cost_on(own_line: Held, hold: Hold, record: Settle) -> int:
+    """What of the cost is one account's: of a provider's its own, of the others' all of it."""
+    if hold.attempt is None or not own_line.account.startswith("provider:"):
         return record.cost
     provider = own_line.account[9:]
     if record.attempts:
@@ -481,9 +481,11 @@ class Account(msgspec.Struct, frozen=True, gc=False):
 _UNUSED: Final = Balance()
 
 
-def left(state: State, accounts: Iterable[Account]) -> int | None:
-    """What may still be held on all of these accounts, in nano-USD; None: as much as one likes."""
-    least: int | None = None
+def left(state: State, accounts: Iterable[Account], least: int | None = None) -> int | None:
+    """What may still be held on all of these accounts, in nano-USD; None: as much as one likes.
+
+    `least` is what is left elsewhere, where that counts too.
+    """
     for account in accounts:
         limit = account.limit
         if limit is None:

@@ -8,7 +8,7 @@ book, so a request for one of them has no price here and has to be refused.
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from decimal import Decimal
 from typing import Any
@@ -40,6 +40,24 @@ class Tier:
     cache_read: Picos
     cache_write: Picos
     output: Picos
+    dearest: Picos = field(init=False, repr=False, compare=False)
+    """Of an input token, whichever bucket it comes to be in."""
+    rates: tuple[Picos, Picos, Picos, Picos] = field(init=False, repr=False, compare=False)
+    """All four, as a record of the ledger has them."""
+
+    def __post_init__(self) -> None:
+        rates = (self.input, self.cache_read, self.cache_write, self.output)
+        object.__setattr__(self, "dearest", max(rates[:3]))
+        object.__setattr__(self, "rates", rates)
+
+    def cost(self, usage: Usage) -> Nanos:
+        """Exact, then rounded upwards once."""
+        return nanos_from_picos(
+            usage.input * self.input
+            + usage.cache_read * self.cache_read
+            + usage.cache_write * self.cache_write
+            + usage.output * self.output
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +82,8 @@ class Rate:
     overridden: bool = False
 
     def cost(self, usage: Usage) -> Nanos:
-        """What the answer costs: exact, then rounded upwards once."""
-        tier = self.tier(usage.input_total)
-        return nanos_from_picos(
-            usage.input * tier.input
-            + usage.cache_read * tier.cache_read
-            + usage.cache_write * tier.cache_write
-            + usage.output * tier.output
-        )
+        """What the answer costs."""
+        return self.tier(usage.input_total).cost(usage)
 
     def worst_case(self, input_tokens: int, output_tokens: int) -> Nanos:
         """The most that up to so many tokens can cost: no usage within these bounds costs more.
@@ -79,11 +91,12 @@ class Rate:
         Looks at each tier the input can reach, because a dearer one need not be the last, and
         takes all input at its dearest bucket, because a cache is the provider's to use.
         """
-        most = 0
-        for index, tier in enumerate(self.tiers):
-            if index == 0 or input_tokens > tier.above_input_tokens:
-                dearest = max(tier.input, tier.cache_read, tier.cache_write)
-                most = max(most, input_tokens * dearest + output_tokens * tier.output)
+        tier = self.tiers[0]
+        most = input_tokens * tier.dearest + output_tokens * tier.output
+        if len(self.tiers) > 1:
+            for tier in self.tiers:
+                if input_tokens > tier.above_input_tokens:
+                    most = max(most, input_tokens * tier.dearest + output_tokens * tier.output)
         return nanos_from_picos(most)
 
     def affordable_output(self, input_tokens: int, amount: int) -> int | None:
@@ -94,9 +107,7 @@ class Rate:
         most: int | None = None
         for index, tier in enumerate(self.tiers):
             if index == 0 or input_tokens > tier.above_input_tokens:
-                rest = amount * PICOS_PER_NANO - input_tokens * max(
-                    tier.input, tier.cache_read, tier.cache_write
-                )
+                rest = amount * PICOS_PER_NANO - input_tokens * tier.dearest
                 if rest < 0:
                     return -1
                 if tier.output:
@@ -136,6 +147,8 @@ class Price:
 
 def _choose(prices: Sequence[Price], at_s: float | None) -> Rate:
     """The last valid price wins, else the first. Without a time: the newest at its dearest hour."""
+    if len(prices) == 1:
+        return prices[0].rate
     if at_s is not None:
         for price in reversed(prices):
             if price.is_valid(at_s):
@@ -305,6 +318,9 @@ class PriceBook:
             **{self.canonical(name): _override(name, row) for name, row in overrides.items()},
         }
         self._known: dict[tuple[str, str], tuple[Price, ...]] = {}
+        self._lasting: dict[int, tuple[Candidate, Rate]] = {}
+        """By the candidate's identity, which the value keeps alive: rates of those that have one
+        price for all times, as most have. A path finds its candidates again as they are."""
         self.version = self._table_version
         """Of the table, and of the overrides where there are any: stored with each charge."""
         if self._overrides:
@@ -318,11 +334,7 @@ class PriceBook:
         newest price, and where prices follow the hour, the dearest of the day.
         """
         prices = self.history(provider, model)
-        if not prices:
-            return None
-        if len(prices) == 1:
-            return prices[0].rate
-        return _choose(prices, at_s)
+        return _choose(prices, at_s) if prices else None
 
     def history(self, provider: str, model: str) -> tuple[Price, ...]:
         """Every price of a model with its time, past and future: of those that are valid at some
@@ -332,12 +344,22 @@ class PriceBook:
 
     def rate_of(self, candidate: Candidate, at_s: float | None = None) -> Rate | None:
         """The rate of one candidate; None where a call of it could not be priced exactly."""
-        rate = self.rate("", candidate.sent, at_s) if candidate.verbatim else None
-        if rate is None:
-            rate = self.rate(candidate.provider.prices, candidate.model, at_s)
-        # These stand outside the rate. An override replaces the whole price.
-        if rate is not None and not rate.overridden and not _ALWAYS_DUE.isdisjoint(rate.extras):
+        lasting = self._lasting.get(id(candidate))
+        if lasting is not None and lasting[0] is candidate:
+            return lasting[1]
+        prices = self.history("", candidate.sent) if candidate.verbatim else ()
+        if not prices:
+            prices = self.history(candidate.provider.prices, candidate.model)
+        if not prices:
             return None
+        rate = _choose(prices, at_s)
+        # These stand outside the rate. An override replaces the whole price.
+        if not rate.overridden and not _ALWAYS_DUE.isdisjoint(rate.extras):
+            return None
+        if len(prices) == 1:
+            if len(self._lasting) >= _MOST_KNOWN:
+                self._lasting.clear()
+            self._lasting[id(candidate)] = candidate, rate
         return rate
 
     def providers(self) -> list[str]:
@@ -418,18 +440,18 @@ def _override(name: str, row: Mapping[str, object]) -> Rate:
     if unknown:
         raise ValueError(f'the price of "{name}" has an unknown field: {unknown[0]}')
     rates: dict[str, Picos] = {}
-    for field in _RATES:
-        value = row.get(field)
+    for kind in _RATES:
+        value = row.get(kind)
         if value is None:
-            if field in ("input", "output"):
-                raise ValueError(f'the price of "{name}" needs {field}, in USD per million tokens')
+            if kind in ("input", "output"):
+                raise ValueError(f'the price of "{name}" needs {kind}, in USD per million tokens')
             continue
         if not isinstance(value, (str, int, Decimal)):
-            raise ValueError(f'{field} of "{name}" must be a decimal number such as "12.34"')
+            raise ValueError(f'{kind} of "{name}" must be a decimal number such as "12.34"')
         try:
-            rates[field] = parse_rate(value)
+            rates[kind] = parse_rate(value)
         except ValueError as error:
-            raise ValueError(f'{field} of "{name}" {error}') from None
+            raise ValueError(f'{kind} of "{name}" {error}') from None
     most = row.get("max_output_tokens")
     if most is not None and (type(most) is not int or most < 1):
         raise ValueError(f'max_output_tokens of "{name}" must be a whole number above 0')

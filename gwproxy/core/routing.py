@@ -194,8 +194,10 @@ def ordered(chain: Sequence[Candidate], draw: float) -> Sequence[Candidate]:
     With nobody's weight positive it is the order listed; else the first is drawn by weight among
     the positive ones, and the rest follow as listed.
     """
+    if len(chain) == 1:
+        return chain
     total = sum(candidate.weight for candidate in chain)
-    if not total or len(chain) == 1:
+    if not total:
         return chain
     point = draw * total
     for index, candidate in enumerate(chain):

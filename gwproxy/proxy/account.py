@@ -64,13 +64,13 @@ class AccountHandler:
         ledger = self._ledger
         organization = self._keyring.organization_of(principal)
         degraded = self._outage.lost and self._accounts.terms.serves_open(organization)
-        scopes = self._accounts.of(principal, organization, ledger.periods(), degraded=degraded)
+        payer = self._accounts.payer(principal, ledger.periods(), degraded=degraded)
         updated = rfc3339(ledger.state.t) if ledger.state.lsn else None
         return json_answer(
             {
                 "scopes": [
                     {**figures(ledger.state, account).json(), "last_update": updated}
-                    for account in scopes
+                    for account in payer.accounts
                 ],
                 "requests": [_line(each) for each in ledger.recent.of_key(principal.key_id, LAST)],
                 "as_of_lsn": ledger.state.lsn,

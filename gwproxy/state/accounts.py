@@ -10,8 +10,9 @@ from typing import Final
 import msgspec
 
 from gwproxy.core.errors import InsufficientQuota
-from gwproxy.core.identity import ApiKey, FailureMode, Organization, Principal, Status, User
+from gwproxy.core.identity import FailureMode, Organization, Principal, Status
 from gwproxy.core.ledger import Account, Balance, State
+from gwproxy.core.limits import Limit, limits_of
 from gwproxy.core.money import format_usd, format_usd_short
 from gwproxy.core.period import end_ms, rfc3339
 from gwproxy.state.keyring import Keyring
@@ -47,8 +48,7 @@ class Terms:
         return len(limits), sum(limits)
 
 
-@dataclass(frozen=True, slots=True)
-class Figures:
+class Figures(msgspec.Struct, frozen=True, gc=False):
     """How an account stands, in nano-USD; `remaining` is never below 0, None without a limit."""
 
     scope: str
@@ -82,59 +82,76 @@ class Figures:
 _UNUSED = Balance()
 
 REMEMBERED: Final = 10_000
-"""Keys whose accounts are kept ready; past this many they are made anew."""
+"""Callers kept ready, a few hundred bytes each; past this many they are made anew."""
 
 
-class _Own(msgspec.Struct, frozen=True, gc=False):
-    """A caller's accounts, and the rows that they were made of."""
+class Payer(msgspec.Struct, frozen=True, gc=False):
+    """Whose money a request is: what follows from the directory's rows, as they are in one version
+    of it, and from the month."""
 
-    key: ApiKey
-    user: User
+    principal: Principal
+    version: int
+    month: str
     organization: Organization
+    limits: tuple[Limit, ...]
+    """Of requests, tokens and open calls."""
     accounts: tuple[Account, ...]
+    """Of the key, the user and the organization, and in an outage one more."""
+    limited: tuple[Account, ...]
+    """Those that have a limit: of the others nobody asks how much is left."""
 
 
 class Accounts:
     def __init__(self, keyring: Keyring, terms: Terms) -> None:
         self._keyring = keyring
         self.terms = terms
-        self._own: dict[str, _Own] = {}
+        self._payers: dict[str, Payer] = {}
+        # By name: the providers are those of the configuration and the catalogue, never many.
+        self._providers: dict[str, Account] = {}
 
-    def of(
-        self,
-        principal: Principal,
-        organization: Organization,
-        periods: tuple[str, str],
-        *,
-        degraded: bool = False,
-    ) -> tuple[Account, ...]:
-        """The caller's own accounts: key, user, organization, and in an outage one more."""
-        month, day = periods
-        key, user = self._keyring.limited(principal)
-        known = self._own.get(principal.key_id)
-        # A row that was changed is another object.
+    def payer(
+        self, principal: Principal, periods: tuple[str, str], *, degraded: bool = False
+    ) -> Payer:
+        """Who pays for a request of this caller, as the directory says now."""
+        payer = self._payers.get(principal.key_id)
         if (
-            known is not None
-            and known.key is key
-            and known.user is user
-            and known.organization is organization
-            and known.accounts[0].period == month
+            payer is None
+            or payer.principal is not principal
+            or payer.version != self._keyring.version
+            or payer.month != periods[0]
         ):
-            own = known.accounts
-        else:
-            key_name, user_name, org_name = principal.accounts
-            own = (
-                Account(key_name, month, key.monthly_limit),
-                Account(user_name, month, user.monthly_limit),
-                Account(org_name, month, organization.monthly_budget),
-            )
-            if len(self._own) >= REMEMBERED:
-                self._own.clear()
-            self._own[principal.key_id] = _Own(key, user, organization, own)
-        if not degraded:
-            return own
+            payer = self._payer(principal, periods[0])
+        return self._in_outage(payer, periods[1]) if degraded else payer
+
+    def _payer(self, principal: Principal, month: str) -> Payer:
+        key, user = self._keyring.limited(principal)
+        organization = self._keyring.organization_of(principal)
+        key_name, user_name, org_name = principal.accounts
+        accounts = (
+            Account(key_name, month, key.monthly_limit),
+            Account(user_name, month, user.monthly_limit),
+            Account(org_name, month, organization.monthly_budget),
+        )
+        if len(self._payers) >= REMEMBERED:
+            self._payers.clear()
+        payer = self._payers[principal.key_id] = Payer(
+            principal,
+            self._keyring.version,
+            month,
+            organization,
+            limits_of(key, user),
+            accounts,
+            tuple([each for each in accounts if each.limit is not None]),
+        )
+        return payer
+
+    def _in_outage(self, payer: Payer, day: str) -> Payer:
+        organization = payer.organization
         limit = self.terms.outage_limit(organization)
-        return (*own, Account(f"outage:{organization.org_id}", day, limit))
+        account = Account(f"outage:{organization.org_id}", day, limit)
+        return msgspec.structs.replace(
+            payer, accounts=(*payer.accounts, account), limited=(*payer.limited, account)
+        )
 
     def exposure(self, state: State, day: str) -> int:
         """Spent and held on that day while the database was lost, by all organizations."""
@@ -145,7 +162,11 @@ class Accounts:
         return sum(balance.spent + balance.held for balance in found)
 
     def provider(self, name: str, day: str) -> Account:
-        return Account(f"provider:{name}", day, self.terms.provider_daily.get(name))
+        limit = self.terms.provider_daily.get(name)
+        known = self._providers.get(name)
+        if known is None or known.period != day or known.limit != limit:
+            known = self._providers[name] = Account(f"provider:{name}", day, limit)
+        return known
 
     def refuse(
         self, state: State, accounts: tuple[Account, ...], needed: int, fits: int, now_ms: int

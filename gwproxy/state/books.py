@@ -15,7 +15,6 @@ from gwproxy.core.holds import Ask, Short, plan
 from gwproxy.core.identity import Organization, Principal
 from gwproxy.core.learned import Factors, OutputLengths
 from gwproxy.core.ledger import Account, held, left
-from gwproxy.core.limits import limits_of
 from gwproxy.core.money import NANOS_PER_USD
 from gwproxy.core.period import periods
 from gwproxy.core.pricing import PriceBook
@@ -91,12 +90,13 @@ class Books:
 
         Awaits only where a long prompt has to be counted.
         """
-        organization = self._keyring.organization_of(principal)
-        prices = self._prices_of(organization)
-        at_s = self.ledger.now_ms() / 1000
+        now_ms = self.ledger.now_ms()
+        month_and_day = periods(now_ms)
+        payer = self.accounts.payer(principal, month_and_day, degraded=self._outage.lost)
+        prices = self._prices_of(payer.organization)
         rated = []
         for candidate in chain:
-            rate = prices.rate_of(candidate, at_s)
+            rate = prices.rate_of(candidate, now_ms / 1000)
             if rate is not None:
                 rated.append((candidate, rate))
         if not rated:
@@ -108,16 +108,16 @@ class Books:
         bound, counted = request.prompt_bound(), None
         if request.max_output_tokens is None:
             bound += MAXIMUM_BYTES
-        month_and_day = self.ledger.periods()
-        accounts = (
-            *self.accounts.of(principal, organization, month_and_day, degraded=self._outage.lost),
-            *[self.accounts.provider(each.provider.name, month_and_day[1]) for each, _ in rated],
-        )
-        room = left(self.ledger.state, accounts)
-        if room is not None:
-            dearest = max([rate.worst_case(bound, 0) for _, rate in rated])
-            if dearest * NEGLIGIBLE > room:
-                counted = await self._counted(request)
+        state = self.ledger.state
+        room = left(state, payer.limited)
+        dearest = 0
+        for candidate, rate in rated:
+            dearest = max(dearest, rate.worst_case(bound, 0))
+            account = self.accounts.provider(candidate.provider.name, month_and_day[1])
+            if account.limit is not None:
+                room = left(state, (account,), room)
+        if room is not None and dearest * NEGLIGIBLE > room:
+            counted = await self._counted(request)
         priced = []
         declared = request.max_output_tokens is not None
         for candidate, rate in rated:
@@ -166,33 +166,35 @@ class Books:
 
         RateLimited, InsufficientQuota or StorageUnavailable, and then nothing was held.
         """
-        ledger = self.ledger
-        organization = self._keyring.organization_of(principal)
-        degraded = self._degraded(organization)
+        ledger, state = self.ledger, self.ledger.state
+        degraded = self._outage.lost
         if degraded:
+            self._assert_open(self._keyring.organization_of(principal))
             trace.degraded = True
         ledger.admit()
-        stamp = ledger.stamp()  # one look at the clock for all of it
-        month_and_day = periods(stamp["t"])
-        own = self.accounts.of(principal, organization, month_and_day, degraded=degraded)
-        room = left(ledger.state, own)
+        now_ms = ledger.now_ms()  # one look at the clock for all of it
+        month_and_day = periods(now_ms)
+        payer = self.accounts.payer(principal, month_and_day, degraded=degraded)
+        own = payer.accounts
+        room = left(state, payer.limited)
 
         chain: list[Planned] = []
+        amount = 0
         edits = [*trace.skipped, *quote.request.edits]
         refused: tuple[tuple[Account, ...], Short] | None = None
         for priced in quote.priced:
             provider = priced.candidate.provider.name
             accounts, theirs = own, room
-            account = self.accounts.provider(provider, month_and_day[1])
             if not chain:
                 # Its own budget is looked at when its turn comes; the first one's turn is now.
-                today = left(ledger.state, (account,))
-                if today is not None and (theirs is None or today < theirs):
-                    accounts, theirs = (account,), today
+                firsts = (self.accounts.provider(provider, month_and_day[1]),)
+                theirs = left(state, firsts, room)
+                if theirs != room:
+                    accounts = firsts
             found = plan(
                 priced.ask,
                 priced.rate,
-                organization.unbounded_policy,
+                payer.organization.unbounded_policy,
                 theirs,
                 self.accounts.terms.default_max_output_tokens,
             )
@@ -204,9 +206,10 @@ class Books:
                 self._metrics.skipped(provider, OVER_BUDGET).value += 1
             else:
                 chain.append(Planned(priced, found))
+                amount = max(amount, found.cost)
 
-        tokens = self._tokens(quote, chain)
-        rates = self._rates.admit(limits_of(*self._keyring.limited(principal)), tokens)
+        tokens = self._tokens(quote, chain) if payer.limits else 0
+        rates = self._rates.admit(payer.limits, tokens)
         if not chain:
             rates.undo()
             assert refused is not None, "a quote has a candidate at least"
@@ -214,9 +217,7 @@ class Books:
             if accounts is not own and trace.wait_s < math.inf:
                 # Nor is it the reason where others of the chain may be back in a minute.
                 raise unavailable(trace.wait_s)
-            refusal = self.accounts.refuse(
-                ledger.state, accounts, short.needed, short.fits, stamp["t"]
-            )
+            refusal = self.accounts.refuse(state, accounts, short.needed, short.fits, now_ms)
             self._metrics.quota_refusal(refusal.scope).value += 1
             raise refusal
 
@@ -224,19 +225,16 @@ class Books:
         candidate, lowered = first.priced.candidate, first.plan.lowered
         if lowered is not None:
             edits.append(f"{quote.request.maximum_field(candidate)}={lowered}")
-        account = self.accounts.provider(candidate.provider.name, month_and_day[1])
-        amount = max([planned.plan.cost for planned in chain])
         record = Reserve(
-            **stamp,
+            lsn=state.lsn + 1,
+            t=now_ms,
+            synced=ledger.journal.synced,
             id=trace.request_id,
             model=quote.request.model,
             provider=candidate.provider.name,
             upstream_model=candidate.model,
             prices=quote.price_version,
-            holds=(
-                *held(ledger.state, own, amount),
-                *held(ledger.state, (account,), first.plan.cost),
-            ),
+            holds=held(state, own, amount) + held(state, firsts, first.plan.cost),
             prompt=first.priced.ask.prompt,
             max=first.plan.output,
             stream=quote.request.stream,
@@ -267,17 +265,14 @@ class Books:
             degraded=degraded,
         )
 
-    def _degraded(self, organization: Organization) -> bool:
-        """Whether the database is lost and this organization is served all the same."""
-        if not self._outage.lost:
-            return False
+    def _assert_open(self, organization: Organization) -> None:
+        """The database is lost: is this organization served all the same? StorageUnavailable."""
         if not self.accounts.terms.serves_open(organization):
             self._outage.refused += 1
             raise StorageUnavailable(
                 "The gateway's database is not available at the moment.",
                 retry_after_s=RETRY_AFTER_S,
             )
-        return True
 
     @staticmethod
     def _tokens(quote: Quote, chain: Sequence[Planned]) -> int:
@@ -293,15 +288,15 @@ class Books:
         """What a settlement means to everybody but the ledger."""
         metrics, trace = self._metrics, reservation.trace
         for each in spent:
-            candidate, usage = each.priced.candidate, each.usage
+            candidate = each.priced.candidate
             metrics.settled(
                 candidate.provider.name,
                 candidate.model,
                 each.source,
-                (usage.input, usage.cache_read, usage.cache_write, usage.output, usage.reasoning),
+                each.tokens,
                 each.cost / NANOS_PER_USD,
             )
-            if each.source == "provider" and usage.output and trace.outcome == "completed":
+            if each.source == "provider" and each.usage.output and trace.outcome == "completed":
                 self._learn(reservation, each)
         metrics.settlement(trace.outcome).value += 1
         if overrun:
@@ -325,11 +320,8 @@ class Books:
         """Say, once per account and period, that most of a budget is spent."""
         ledger = self.ledger
         state = ledger.state
-        for account in self.accounts.of(
-            reservation.principal, reservation.organization, reservation.periods
-        ):
-            if account.limit is None:
-                continue
+        for account in self.accounts.payer(reservation.principal, reservation.periods).limited:
+            assert account.limit is not None
             balance = state.balances[account.name, account.period]
             limit = account.limit + balance.credited
             if not balance.spent or balance.spent * 100 < limit * ALERT_PERCENT[0]:

@@ -134,6 +134,8 @@ class Keyring:
         self._org_order: list[str] = []
         self._user_order: list[str] = []
         self._members: dict[str, list[str]] = {}  # by organization
+        self.version = 0
+        """Another one after each change: what was made of rows is good for one version."""
         self._meanwhile: list[Change] | None = None
         """What has changed since an import was begun."""
         self.prepared: Prepared | None = None
@@ -192,6 +194,7 @@ class Keyring:
 
     def apply(self, change: Change) -> None:
         """Make memory equal to `change`. Applying the same one twice changes nothing."""
+        self.version += 1
         if self._meanwhile is not None:
             self._meanwhile.append(change)
         match change:
@@ -311,6 +314,7 @@ class Keyring:
 
     def take(self, prepared: "Prepared") -> None:
         """Put in force what was prepared, and what came meanwhile."""
+        self.version += 1
         self._organizations, self._users = prepared.organizations, prepared.users
         self._emails, self._members = prepared.emails, prepared.members
         self._org_order, self._user_order = prepared.org_order, prepared.user_order

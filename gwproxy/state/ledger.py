@@ -94,8 +94,8 @@ class Recent:
         self._settled: dict[str, Touched] = {}
 
     def add(self, touched: Touched) -> None:
-        assert touched.reserve is not None, "a settlement has a reservation"
-        request_id = touched.reserve.id
+        assert touched.hold is not None, "a settlement has a reservation"
+        request_id = touched.hold.reserve.id
         self._settled[request_id] = touched
         self._order.append(request_id)
         if len(self._order) > self._most:

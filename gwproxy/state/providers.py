@@ -243,11 +243,11 @@ class Providers:
     def available(self, chain: Sequence[Candidate], trace: Trace) -> Sequence[Candidate]:
         """Those of a chain that may be asked now. Raises what the caller is told when it is none:
         nothing has been held or recorded for him then."""
-        skips = [
-            skip
-            for candidate in chain
-            if (skip := self._passes_over(candidate.provider.name)) is not None
-        ]
+        skips = []
+        for candidate in chain:
+            skip = self._passes_over(candidate.provider.name)
+            if skip is not None:
+                skips.append(skip)
         if not skips:
             return chain
         self.tell(trace, skips)

@@ -18,14 +18,14 @@ from gwproxy.core.holds import Ask, Plan, Short, plan, step
 from gwproxy.core.identity import OnExhausted, Organization, Principal, UnboundedPolicy
 from gwproxy.core.ledger import Account, Balance, Hold, left
 from gwproxy.core.meter import Meter
-from gwproxy.core.pricing import Rate
+from gwproxy.core.pricing import Rate, Tier
 from gwproxy.core.records import NO_TOKENS, Attempt, Held, Mark, Rates, Settle, Tokens, Tried
 from gwproxy.core.request import ModelRequest
 from gwproxy.core.routing import Candidate
 from gwproxy.core.tokens import scale
 from gwproxy.core.trace import Trace
 from gwproxy.core.usage import Usage
-from gwproxy.state.accounts import Accounts, Figures, tightest
+from gwproxy.state.accounts import Accounts, Figures, Payer, tightest
 from gwproxy.state.keyring import Keyring
 from gwproxy.state.ledger import Ledger
 from gwproxy.state.rates import Admission
@@ -108,6 +108,9 @@ class Spent(msgspec.Struct, frozen=True):
 
     priced: Priced
     usage: Usage
+    tokens: Tokens
+    """The same as a record has it."""
+    tier: Tier
     source: str
     cost: int
 
@@ -199,16 +202,20 @@ class Reservation:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if error is not None:
+            self._broke_off(error)
+        self.settle()
+
+    def _broke_off(self, error: BaseException) -> None:
         if isinstance(error, asyncio.CancelledError | ConnectionError):
             if self.outcome is None:
                 # Cancelled by the server, or found out by us on writing to a closed connection.
                 self.outcome = Outcome.CLIENT_LEFT
                 self._status = CLIENT_LEFT_STATUS
-        elif error is not None:
+        else:
             self._status = error.status if isinstance(error, GatewayError) else 500
             if self.outcome is None and self._stage is _Stage.ANSWERING:
                 self.outcome = Outcome.TRUNCATED
-        self.settle()
 
     # -- told by dispatch and relay ----------------------------------------------------------
 
@@ -365,16 +372,8 @@ class Reservation:
             self._spend(usage, source)
         cost, tokens = 0, NO_TOKENS
         for each in spent:
-            usage = each.usage
-            consumed = (
-                usage.input,
-                usage.cache_read,
-                usage.cache_write,
-                usage.output,
-                usage.reasoning,
-            )
             # One attempt is all that nearly every request has.
-            tokens = consumed if tokens is NO_TOKENS else _added(tokens, consumed)
+            tokens = each.tokens if tokens is NO_TOKENS else _added(tokens, each.tokens)
             trace.source = each.source
             cost += each.cost
         trace.outcome = outcome
@@ -384,15 +383,14 @@ class Reservation:
 
         lsn, status = self.lsn, self._status
         overrun = max(0, cost - self._hold().amount)
-        source = trace.source
+        source, log_id = trace.source, trace.log_id
         rates: Rates | None = None
         notes = self.notes
         if self.cached:
             rates = 0, 0, 0, 0
             notes += ("answered by the upstream's cache, which costs nothing",)
         elif len(spent) == 1:
-            tier = spent[0].priced.rate.tier(spent[0].usage.input_total)
-            rates = tier.input, tier.cache_read, tier.cache_write, tier.output
+            rates = spent[0].tier.rates
         attempts = tuple(
             [
                 Tried(
@@ -411,7 +409,9 @@ class Reservation:
         def record() -> None:
             ledger.post(
                 Settle(
-                    **ledger.stamp(),
+                    lsn=ledger.state.lsn + 1,
+                    t=ledger.now_ms(),
+                    synced=ledger.journal.synced,
                     r=lsn,
                     cost=cost,
                     tokens=tokens,
@@ -420,7 +420,7 @@ class Reservation:
                     attempts=attempts,
                     overrun=overrun,
                     status=status,
-                    log_id=trace.log_id,
+                    log_id=log_id,
                     rates=rates,
                     notes=notes,
                 )
@@ -433,8 +433,16 @@ class Reservation:
     def _spend(self, usage: Usage, source: str) -> None:
         priced = self._priced
         assert priced is not None, "an attempt that was sent has a candidate"
-        cost = 0 if self.cached else priced.rate.cost(usage)
-        self._spent.append(Spent(priced, usage, source, cost))
+        tier = priced.rate.tier(usage.input_total)
+        tokens = (
+            usage.input,
+            usage.cache_read,
+            usage.cache_write,
+            usage.output,
+            usage.reasoning,
+        )
+        cost = 0 if self.cached else tier.cost(usage)
+        self._spent.append(Spent(priced, usage, tokens, tier, source, cost))
         if self.trace.attempts:
             self.trace.attempts[-1].cost += cost
 
@@ -481,7 +489,9 @@ class Reservation:
         """How the tightest account stands: of the caller's, and of the provider's day."""
         candidate = (self._priced or self.chain[0].priced).candidate
         account = self._desk.accounts.provider(candidate.provider.name, self.periods[1])
-        return tightest(self._desk.ledger.state, (*self._own(), account))
+        payer = self._payer()
+        limited = payer.limited if account.limit is None else (*payer.limited, account)
+        return tightest(self._desk.ledger.state, limited or payer.accounts)
 
     # -- holds -------------------------------------------------------------------------------
 
@@ -490,9 +500,10 @@ class Reservation:
 
     def _own(self) -> tuple[Account, ...]:
         """The caller's accounts: fixed by the reserve record, with their limits as they are now."""
-        return self._desk.accounts.of(
-            self.principal, self.organization, self.periods, degraded=self.degraded
-        )
+        return self._payer().accounts
+
+    def _payer(self) -> Payer:
+        return self._desk.accounts.payer(self.principal, self.periods, degraded=self.degraded)
 
     def _kept(self, hold: Hold, provider: Account) -> int:
         """What is held for the attempt under way on its provider's account. On the caller's own it

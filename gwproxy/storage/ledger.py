@@ -271,7 +271,7 @@ class Older:
 
     async def ready(self, record: AnyRecord) -> None:
         """Before `record` is applied. Two kinds of record may be about long ago."""
-        if not isinstance(record, Adjust | Close):
+        if not isinstance(record, (Adjust, Close)):
             return
         keys = _keys(record)
         for key in keys:
@@ -333,16 +333,17 @@ class Batch:
     def add(self, record: AnyRecord, touched: Touched) -> None:
         self.count += 1
         self.balances.update(touched.balances)
-        reserve = touched.reserve
-        if reserve is None:
+        hold = touched.hold
+        if hold is None:
             self.others.append((record, touched.entries))
             return
-        self.reservations.add(reserve.lsn)
+        reservation = hold.reserve.lsn
+        self.reservations.add(reservation)
         if isinstance(record, Settle):
             self.charges += touched.entries
-            self.requests[reserve.lsn] = touched
-        elif record is reserve:
-            self.requests[reserve.lsn] = touched
+            self.requests[reservation] = touched
+        elif record is hold.reserve:
+            self.requests[reservation] = touched
 
 
 class _Insert:
@@ -758,7 +759,8 @@ class Writer:
                 break  # the end was taken back, to be written anew elsewhere
             for payload in payloads:
                 record = decode(payload)
-                await older.ready(record)
+                if not isinstance(record, (Reserve, Settle)):  # as nearly all are
+                    await older.ready(record)
                 batch.add(record, apply(state, record))
             await self._breathe()
         if not batch.count and self.state is Storage.OK:

@@ -3,7 +3,8 @@ user: added to by the one writer, in the transaction that settles the requests.
 """
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from operator import add
 from typing import Any, Final
 
 from gwproxy.core.ledger import VOID, Request
@@ -35,7 +36,8 @@ class Sums:
     """What one batch of settlements adds."""
 
     def __init__(self) -> None:
-        self._usage: dict[tuple[Any, ...], list[int]] = {}
+        self._used: dict[tuple[str, str, int, str, str], list[int]] = {}
+        """By organization, user, day, provider and model: the finest grain."""
         self._attempted: dict[tuple[int, str], list[int]] = {}
 
     def add(self, request: Request, month: str) -> None:
@@ -51,28 +53,27 @@ class Sums:
             *request.tokens,
             request.settled_at - request.t,
         )
-        where = (day, request.provider, request.upstream_model)
-        _add(self._usage, (0, "", "", *where), sums)
-        _add(self._usage, (1, request.org_id, "", *where), sums)
-        _add(self._usage, (2, request.org_id, request.user_id, *where), sums)
+        who = (request.org_id, request.user_id)
+        _add(self._used, (*who, day, request.provider, request.upstream_model), sums)
         for tried in request.attempts:
             figures = (1, bool(tried.error_type), tried.duration_ms)
             _add(self._attempted, (day, tried.provider), figures)
 
     def write(self, connection: sqlite3.Connection) -> None:
+        usage: dict[tuple[Any, ...], list[int]] = {}
+        for (org_id, user_id, *where), sums in self._used.items():
+            _add(usage, (0, "", "", *where), sums)
+            _add(usage, (1, org_id, "", *where), sums)
+            _add(usage, (2, org_id, user_id, *where), sums)
         assert_in_transaction(connection)
-        connection.executemany(_ADD_USAGE, _rows(self._usage))
+        connection.executemany(_ADD_USAGE, _rows(usage))
         assert_in_transaction(connection)
         connection.executemany(_ADD_ATTEMPTED, _rows(self._attempted))
 
 
-def _add(table: dict[Any, list[int]], key: Any, figures: tuple[int, ...]) -> None:
+def _add(table: dict[Any, list[int]], key: Any, figures: Sequence[int]) -> None:
     found = table.get(key)
-    if found is None:
-        table[key] = [*figures]
-    else:
-        for place, figure in enumerate(figures):
-            found[place] += figure
+    table[key] = [*figures] if found is None else [*map(add, found, figures)]
 
 
 def _rows(table: dict[Any, list[int]]) -> Iterator[tuple[Any, ...]]:
