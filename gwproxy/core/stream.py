@@ -85,7 +85,10 @@ class EventStream:
 
     def _is_foreign_error(self, value: object) -> bool:
         """Whether an event that says nothing to this API is another one's error."""
-        if type(value) is not dict or not (value.get("error") or value.get("type") == "error"):
+        if type(value) is not dict:
+            return False
+        kind = value.get("type")
+        if kind != "error" and (kind is not None or not value.get("error")):
             return False
         self._tell_in_its_words(value)
         return True
