@@ -14,6 +14,7 @@ from gwproxy.core.chat import ChatRequest, as_stream
 from gwproxy.core.errors import InvalidRequest
 from gwproxy.core.routing import Candidate, Provider, candidate_of
 from gwproxy.core.sse import SseScanner
+from tests.harness import tokenizer
 
 HELLO = [{"role": "user", "content": "Hello."}]
 GEMINI = candidate_of(Provider("gemini", "google-ai-studio", "google-ai-studio"), "gemini-2.5-pro")
@@ -251,6 +252,16 @@ def test_values_nested_too_deeply_to_be_written_are_refused(depth: int) -> None:
     with pytest.raises(InvalidRequest) as caught:
         ChatRequest.parse(nested(depth))
     assert (caught.value.status, caught.value.code) == (400, "invalid_json")
+
+
+@pytest.mark.parametrize("number", [b"1e9", b"1E5", b"1e15", b"-1e15", b"9e99", b"1e-5"])
+def test_numbers_that_are_longer_when_they_are_sent_are_in_the_bound(number: bytes) -> None:
+    raw = (
+        b'{"model":"a","messages":[{"role":"user","content":"x"}],'
+        b'"tools":[{"type":"function","x":[%b]}]}' % b",".join([number] * 500)
+    )
+    chat = ChatRequest.parse(raw)
+    assert chat.prompt_tokens(tokenizer().count) <= chat.prompt_bound()
 
 
 # -- what goes upstream ---------------------------------------------------------------------------

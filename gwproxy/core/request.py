@@ -89,7 +89,9 @@ class ModelRequest(msgspec.Struct, frozen=True):
 
     def prompt_bound(self) -> int:
         """Tokens that the prompt cannot exceed, from the size of its JSON."""
-        return prompt_bound(self.body, self.size_bytes, form=self.form)
+        # As it is sent, not only as it came: a number such as 1e15 is four times as long then.
+        size_bytes = max(self.size_bytes, len(orjson.dumps(self.body)))
+        return prompt_bound(self.body, size_bytes, form=self.form)
 
     def prompt_slices(self, count: Callable[[str], int]) -> Generator[None, None, int]:
         """Its tokens by our own tokenizer, in slices that let the loop breathe."""
