@@ -227,7 +227,7 @@ async def measure(users: int, requests: int, imported: int) -> list[str]:
             print(f"opened in {time.perf_counter() - started:.1f} s", file=sys.stderr)
             gc.collect()
             gc.freeze()
-            gc.set_threshold(50_000, 20, 20)
+            gc.set_threshold(10_000, 100, 20)
             sys.setswitchinterval(GIL_SWITCH_S)
             today = time.time() * 1000 // DAY_MS
             days = [time.strftime("%Y-%m-%d", time.gmtime((today - n) * 86_400)) for n in (29, 0)]

@@ -207,7 +207,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     args = parser.parse_args()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
+    gc.set_threshold(10_000, 100, 20)
     sys.setswitchinterval(GIL_SWITCH_S)
     text = report(uvloop.run(measure(args.number)))
     print(text)

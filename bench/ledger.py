@@ -342,7 +342,7 @@ def main() -> int:
     args = parser.parse_args()
     # As the server does it: what lives as long as the process need not be walked again.
     gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
+    gc.set_threshold(10_000, 100, 20)
     sys.setswitchinterval(GIL_SWITCH_S)
     text = report(args.number, args.rate, args.seconds)
     print(text)

@@ -11,16 +11,20 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gwproxy.admin import rows
+from gwproxy.admin.bulk import Line, Outcome
 from gwproxy.admin.rows import BadRow, Columns, Cutter, Format, csv_line, csv_row, neutral, restored
 from gwproxy.core.errors import InvalidRequest
 from gwproxy.core.identity import User
 from gwproxy.log import Log
 from gwproxy.state.directory import NOBODY
+from gwproxy.state.imports import Draft
+from gwproxy.state.keyring import Keyring
 from gwproxy.state.store import Kept, opened
 from gwproxy.storage.segments import JournalRefused
 from tests.conftest import Front, StartGateway
@@ -503,3 +507,25 @@ def test_a_row_without_an_end_is_refused_before_it_fills_the_memory() -> None:
         with pytest.raises(InvalidRequest, match="longer than"):
             for _ in range(10):
                 [*cutter.feed(b'"' + b"x" * 100_000)]
+
+
+def test_what_an_import_held_is_let_go_in_slices() -> None:
+    draft = Draft(Keyring(), lambda below: 0, 1)
+    outcome = Outcome(dry_run=False)
+    draft.put_organization("acme", {}, None)
+    for number in range(5_000):
+        fields = {"email": f"{number}@example.org", "org_id": "acme"}
+        result, name = draft.put_user(f"u-{number}", fields, None)
+        outcome.add(Line(number, result, "user", name))
+    left = []
+    for _ in draft.let_go():
+        left.append(len(draft.users) + len(draft.emails))
+    assert left[0] == 8_000 and left == sorted(left, reverse=True) and left[-1] == 0
+    assert len(left) > 5
+    parts, lines = [], []
+    for part in outcome.json():
+        parts.append(part)
+        lines.append(len(outcome.lines))
+    assert lines == [5_000, 4_000, 3_000, 2_000, 1_000, 0, 0]
+    rows = orjson.loads(b"".join(parts))["rows"]
+    assert [row["line"] for row in rows] == [*range(5_000)]

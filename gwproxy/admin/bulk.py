@@ -169,14 +169,18 @@ class Outcome:
         )
 
     def json(self) -> Iterator[bytes]:
-        """One JSON object, in slices."""
+        """One JSON object, in slices; each takes its lines with it, so that they need not all be
+        freed at once."""
         head: dict[str, Any] = {"dry_run": self.dry_run, "committed": self.committed}
         if self.error is not None:
             head |= self.error.envelope()
         yield orjson.dumps({**head, "counts": self.counts})[:-1] + b',"rows":['
-        for start in range(0, len(self.lines), _PAGE):
-            part = msgspec.json.encode(self.lines[start : start + _PAGE])[1:-1]
-            yield (b"," if start else b"") + part
+        self.lines.reverse()
+        comma = b""
+        while self.lines:
+            part = [self.lines.pop() for _ in range(min(_PAGE, len(self.lines)))]
+            yield comma + msgspec.json.encode(part)[1:-1]
+            comma = b","
         yield b"]}\n"
 
 
@@ -299,20 +303,35 @@ class Bulk:
         """Import what `data` gives; everything, or nothing where this raises or a row is wrong."""
         outcome = Outcome(query.dry_run)
         with self._store.imports.draft() as draft:
-            reader, cutter = Reader(draft, form, query.kind, outcome), Cutter(form)
-            count = 0
-            async for part in data:
-                for number, raw in cutter.feed(part):
-                    reader.take(number, raw)
-                    count += 1
-                    if count % _SLICE == 0:
-                        await asyncio.sleep(0)
-            for number, raw in cutter.end():
-                reader.take(number, raw)
-            if not outcome.wrong and not query.dry_run:
-                await self._store.imports.commit(draft, by)
-                outcome.committed = True
+            try:
+                await self._load(draft, data, form, query, by, outcome)
+            finally:
+                for _ in draft.let_go():
+                    await asyncio.sleep(0)
         return outcome
+
+    async def _load(
+        self,
+        draft: Draft,
+        data: AsyncIterator[bytes],
+        form: Format,
+        query: ImportQuery,
+        by: Author,
+        outcome: Outcome,
+    ) -> None:
+        reader, cutter = Reader(draft, form, query.kind, outcome), Cutter(form)
+        count = 0
+        async for part in data:
+            for number, raw in cutter.feed(part):
+                reader.take(number, raw)
+                count += 1
+                if count % _SLICE == 0:
+                    await asyncio.sleep(0)
+        for number, raw in cutter.end():
+            reader.take(number, raw)
+        if not outcome.wrong and not query.dry_run:
+            await self._store.imports.commit(draft, by)
+            outcome.committed = True
 
     # -- export ----------------------------------------------------------------------------------
 
