@@ -8,21 +8,18 @@ import contextlib
 import functools
 import gc
 import os
-import random
 import secrets
 import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Final, TypedDict
+from typing import Final
 
 from aiohttp import web
 
 from gwproxy import assets
-from gwproxy.admin.ask import Route as AdminRoute
 from gwproxy.admin.auth import AdminAuth
 from gwproxy.admin.bulk import Bulk, BulkHandler
 from gwproxy.admin.health import Health
@@ -32,7 +29,6 @@ from gwproxy.admin.providers import Providers as ProviderPlane
 from gwproxy.admin.routes import BODY_LIMIT_BYTES, over_http
 from gwproxy.admin.routes import routes as admin_routes
 from gwproxy.config import Config, ConfigError, Listen
-from gwproxy.core import breaker as breakers
 from gwproxy.core.api import Api
 from gwproxy.core.chat import ChatRequest
 from gwproxy.core.embeddings import EmbeddingsRequest
@@ -42,13 +38,23 @@ from gwproxy.core.learned import Factors, OutputLengths
 from gwproxy.core.messages import MessagesRequest
 from gwproxy.core.pricing import PriceBook
 from gwproxy.core.responses import ResponsesRequest
-from gwproxy.core.routing import CATALOGUE, OPENAI, REST, Link, Provider, Routes, max_tokens_field
+from gwproxy.core.routing import REST
 from gwproxy.core.tokens import ByteEstimate, Counter, choose_counter
 from gwproxy.intake import Intake
 from gwproxy.listener import Listener, request_ids
 from gwproxy.log import Log, capture_libraries
 from gwproxy.metrics import Metrics
 from gwproxy.notify import Notify
+from gwproxy.parts import (
+    as_started,
+    build_providers,
+    build_routes,
+    fixed,
+    kept,
+    labels,
+    of_providers,
+    terms,
+)
 from gwproxy.proxy.account import AccountHandler
 from gwproxy.proxy.dispatch import Dispatch, Endpoint
 from gwproxy.proxy.handler import ModelHandler, Parse
@@ -56,22 +62,19 @@ from gwproxy.proxy.models import ModelsHandler
 from gwproxy.proxy.reply import Patience
 from gwproxy.proxy.upstream import Upstream
 from gwproxy.state import gauges
-from gwproxy.state.accounts import Accounts, Terms
+from gwproxy.state.accounts import Accounts
 from gwproxy.state.books import Books
 from gwproxy.state.learned import Notebook
 from gwproxy.state.outage import Condition
 from gwproxy.state.providers import Providers
 from gwproxy.state.rates import Rates
-from gwproxy.state.store import Kept, Store, Synchronous
+from gwproxy.state.store import Store
 from gwproxy.storage.database import HAS_WAL_RESET_BUG, SQLITE_VERSION
 from gwproxy.web import Front, Route, Router
 from gwproxy.webhook import Webhook
 
 BACKLOG: Final = 4096
 """Connections that the kernel keeps while the loop is busy; it cuts this to its own limit."""
-
-PASSTHROUGH: Final = "upstream"
-"""The provider's name where an OpenAI-compatible server takes model names as they come."""
 
 PARSERS: Final[Mapping[Api, Parse]] = {
     Api.CHAT: lambda raw, allowed, headers: ChatRequest.parse(raw, allowed),
@@ -226,13 +229,13 @@ class App:
         overrides = {name: price.row() for name, price in config.prices.models.items()}
         prices = self._book.with_overrides(overrides)
         routes = build_routes(config, prices)
-        metrics.know(*_labels(routes, prices))
+        metrics.know(*labels(routes, prices))
         accounts.terms = terms(config)
         books.reprice(prices)
         if self._providers is None:
             self._providers = build_providers(config, store, metrics, self.log)
         else:
-            self._providers.configure(**_of_providers(config))
+            self._providers.configure(**of_providers(config))
         providers = self._providers
         dispatch = self._build_dispatch(config, providers)
         intake = Intake(
@@ -529,8 +532,8 @@ class App:
 
     async def _reload(self, source: Callable[[], Config]) -> list[str]:
         found = await asyncio.to_thread(source)
-        config = _as_started(found, self.config)
-        waiting = [name for name, value in _fixed(found).items() if value != _fixed(config)[name]]
+        config = as_started(found, self.config)
+        waiting = [name for name, value in fixed(found).items() if value != fixed(config)[name]]
         public, admin = self._configured(config)
         for front, routes in zip(self._fronts, (public, admin), strict=False):
             front.router = Router(routes)
@@ -633,168 +636,9 @@ async def _keep_telling(notify: Notify, app: App) -> None:
         await asyncio.sleep(notify.every_s)
 
 
-# -- from the configuration's words to the parts' ------------------------------------------------
-
-
-def build_routes(config: Config, prices: PriceBook) -> Routes:
-    """What resolution reads, from the providers and models of the configuration."""
-    providers = {}
-    for name, table in config.providers.items():
-        if table.flavour == "openai":
-            prefix = table.prefix or ""
-        else:
-            prefix = CATALOGUE.get(name, name) if table.prefix is None else table.prefix
-        slug = CATALOGUE.get(prefix) or CATALOGUE.get(name) or prefix or name
-        providers[name] = Provider(
-            name,
-            prefix,
-            slug,
-            model=table.model,
-            max_tokens_field=table.max_tokens_field or max_tokens_field(slug),
-            flavour=table.flavour,
-        )
-    aliases = {
-        name: tuple(Link(entry.provider, entry.model, entry.weight) for entry in model.chain)
-        for name, model in config.models.items()
-    }
-    as_openai = config.upstream.flavour == "openai"
-    return Routes(
-        providers,
-        aliases,
-        passthrough=Provider(PASSTHROUGH, "", "openai", flavour=OPENAI) if as_openai else None,
-        serves_catalogue=not as_openai,
-        flavour=config.upstream.flavour,
-        catalogue={
-            provider.prices: frozenset(prices.models(provider.prices))
-            for provider in providers.values()
-        },
-    )
-
-
-def build_providers(config: Config, store: Store, metrics: Metrics, log: Log) -> Providers:
-    """How the providers stand, from what was recorded of them and what is configured."""
-    return Providers(
-        store.ledger,
-        time.monotonic,
-        **_of_providers(config),
-        draw=random.random,
-        durable=store.durable,
-        metrics=metrics,
-        log=log,
-    )
-
-
-class _OfProviders(TypedDict):
-    names: Iterable[str]
-    known: Iterable[str]
-    terms: breakers.Terms
-    rpm: Mapping[str, int]
-    ceiling: int | None
-
-
-def _of_providers(config: Config) -> _OfProviders:
-    """What the configuration says about the providers' breakers and rates."""
-    upstream, breaker = config.upstream, config.breaker
-    as_openai = upstream.flavour == "openai"
-    return {
-        "names": [*config.providers, *([PASSTHROUGH] if as_openai else [])],
-        "known": () if as_openai else CATALOGUE.values(),
-        "terms": breakers.Terms(
-            failure_threshold=breaker.failure_threshold,
-            success_threshold=breaker.success_threshold,
-            open_s=breaker.open_timeout_ms / 1000,
-            probe_s=upstream.connect_timeout_s + upstream.first_byte_timeout_s,
-        ),
-        "rpm": {name: each.rpm for name, each in config.providers.items() if each.rpm is not None},
-        "ceiling": upstream.rpm_ceiling,
-    }
-
-
-def admin_plane(config: Config, store: Store, log: Log) -> tuple[AdminRoute, ...]:
-    """All that can be asked of the admin plane, for a command that has opened the store itself."""
-    metrics = Metrics(frozenset(config.providers), frozenset())
-    providers = build_providers(config, store, metrics, log)
-    accounts = Accounts(store.keyring, terms(config))
-    return admin_routes(store, ProviderPlane(providers, accounts, store.ledger, store.gateway_side))
-
-
-def _fixed(config: Config) -> dict[str, object]:
-    """What cannot change while the process runs."""
-    return {
-        "[server] listen": config.server.listen,
-        "[admin] listen": config.admin.listen,
-        "[upstream] connect_timeout_s": config.upstream.connect_timeout_s,
-        "[upstream] idle_connection_s": config.upstream.idle_connection_s,
-        "[upstream] ca_file": config.upstream.ca_file,
-        "[quota] alert_webhook": (config.quota.alert_webhook, config.quota.alert_webhook_secret),
-        "[storage]": config.storage,
-    }
-
-
-def _as_started(found: Config, started: Config) -> Config:
-    """The configuration that was found, with what cannot change as it was at the start."""
-    upstream = replace(
-        found.upstream,
-        connect_timeout_s=started.upstream.connect_timeout_s,
-        idle_connection_s=started.upstream.idle_connection_s,
-        ca_file=started.upstream.ca_file,
-    )
-    return replace(
-        found,
-        server=replace(found.server, listen=started.server.listen),
-        admin=replace(found.admin, listen=started.admin.listen),
-        upstream=upstream,
-        quota=replace(
-            found.quota,
-            alert_webhook=started.quota.alert_webhook,
-            alert_webhook_secret=started.quota.alert_webhook_secret,
-        ),
-        storage=started.storage,
-    )
-
-
-def kept(config: Config) -> Kept:
-    """Where the configuration keeps things."""
-    storage = config.storage
-    return Kept(
-        storage.path,
-        storage.journal,
-        Synchronous(storage.synchronous),
-        storage.journal_segment_bytes,
-        storage.journal_max_bytes,
-        storage.backup_every_h,
-        storage.keep_backups,
-        storage.keep_months,
-    )
-
-
-def terms(config: Config) -> Terms:
-    """What the configuration says about money."""
-    return Terms(
-        default_max_output_tokens=config.quota.default_max_output_tokens,
-        provider_daily={
-            name: provider.daily_usd
-            for name, provider in config.providers.items()
-            if provider.daily_usd is not None
-        },
-        failure_mode=FailureMode(config.failure.mode),
-        outage_daily=config.failure.fallback_daily_limit_usd,
-    )
-
-
 async def _ended(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.wait((task,))
-
-
-def _labels(routes: Routes, prices: PriceBook) -> tuple[frozenset[str], frozenset[str]]:
-    """The providers and the models that may stand in a metric's labels."""
-    providers = {PASSTHROUGH, *routes.providers}
-    if routes.serves_catalogue:
-        providers |= set(CATALOGUE.values())
-    slugs = {provider.prices for provider in routes.providers.values()} | set(prices.providers())
-    models = {model for slug in slugs for model in prices.models(slug)}
-    return frozenset(providers), frozenset(models)
 
 
 def _remove_socket(path: Path) -> None:

@@ -14,12 +14,13 @@ import aiohttp
 import pytest
 
 from gwproxy import assets
-from gwproxy.app import PASSTHROUGH, App, build_routes
+from gwproxy.app import App
 from gwproxy.config import Config, load
 from gwproxy.core.pricing import PriceBook
 from gwproxy.core.routing import CATALOGUE, Provider
 from gwproxy.core.tokens import ByteEstimate
 from gwproxy.log import Log
+from gwproxy.parts import PASSTHROUGH, build_routes
 from gwproxy.storage.database import DatabaseInUse
 from tests.harness import (
     ADMIN,

@@ -12,7 +12,7 @@ FLOORS = {
     **{"core": 1, "metrics": 1, "log": 1, "notify": 1},
     **{"storage": 2, "config": 2, "assets": 2, "intake": 2, "state": 3},
     **{"proxy": 4, "admin": 4, "cloudflare": 4, "web": 5, "listener": 5},
-    **{"webhook": 4},
+    **{"webhook": 4, "parts": 5},
     **{"app": 6, "cli": 7, "__main__": 8},
 }
 HOMES = {

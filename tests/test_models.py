@@ -7,9 +7,9 @@ import pytest
 from openai.types import Model
 
 from gwproxy import assets
-from gwproxy.app import build_routes
 from gwproxy.core.pricing import PriceBook
 from gwproxy.core.routing import Routes, candidate_of, known
+from gwproxy.parts import build_routes
 from gwproxy.proxy.models import _names
 from tests.conftest import Front, StartGateway
 from tests.harness import ADMIN, ADMIN_KEY, Upstream, bearer, chat, make_key, prices

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gwproxy import assets
-from gwproxy.app import build_routes
 from gwproxy.config import load
 from gwproxy.core.pricing import PriceBook
 from gwproxy.core.routing import (
@@ -23,6 +22,7 @@ from gwproxy.core.routing import (
     max_tokens_field,
     ordered,
 )
+from gwproxy.parts import build_routes
 
 GEMINI = Provider("gemini", "google-ai-studio", "google-ai-studio", model="gemini-2.5-flash")
 OPENAI = Provider("openai", "openai", "openai", max_tokens_field="max_completion_tokens")

@@ -11,9 +11,9 @@ from typing import Any, Final
 
 import orjson
 
-from gwproxy.app import kept
 from gwproxy.cli.offline import opened
 from gwproxy.config import Config
+from gwproxy.parts import kept
 from gwproxy.storage import archive, archive_file, inspect
 from gwproxy.storage.archive_file import ArchiveRefused
 from gwproxy.storage.database import DatabaseInUse

@@ -13,13 +13,13 @@ from typing import Any
 
 import orjson
 
-from gwproxy.app import build_routes, terms
 from gwproxy.cli.prices.table import configured
 from gwproxy.config import Config, ConfigError, Model, Problem, Provider, find_config, load
 from gwproxy.core.identity import Organization
 from gwproxy.core.money import format_usd
 from gwproxy.core.routing import CATALOGUE
 from gwproxy.core.upstream_words import CHAT_PATHS
+from gwproxy.parts import build_routes, terms
 from gwproxy.storage import inspect
 from gwproxy.storage.database import DatabaseRefused
 from gwproxy.storage.directory import organizations

@@ -13,7 +13,6 @@ from typing import Final
 import orjson
 
 from gwproxy import __version__, assets
-from gwproxy.app import build_routes
 from gwproxy.cli.cloudflare_account import NoAccount, account, token_variable
 from gwproxy.cloudflare.api import session
 from gwproxy.cloudflare.doctor import Check, Doctor, Plan, State, all_good, seen_words
@@ -22,6 +21,7 @@ from gwproxy.config import Config, ConfigError, find_config, load
 from gwproxy.core.pricing import PriceBook
 from gwproxy.core.routing import CATALOGUE, REST, Candidate, Routes, candidate_of
 from gwproxy.core.upstream_words import CHAT_PATHS
+from gwproxy.parts import build_routes
 
 FINE: Final = 0
 FAILED: Final = 1

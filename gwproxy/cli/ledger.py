@@ -15,7 +15,6 @@ from typing import Any, Final
 import orjson
 
 from gwproxy import assets
-from gwproxy.app import kept
 from gwproxy.cli import archive
 from gwproxy.cli.offline import opened
 from gwproxy.config import Config, ConfigError, find_config, load
@@ -26,6 +25,7 @@ from gwproxy.core.proof import differences, unlawful
 from gwproxy.core.records import AnyRecord, decode
 from gwproxy.core.routing import CATALOGUE
 from gwproxy.core.usage import Usage
+from gwproxy.parts import kept
 from gwproxy.storage import archive_file, inspect, reports
 from gwproxy.storage.database import BackupRefused, DatabaseRefused
 from gwproxy.storage.files import OS_FILES

@@ -4,9 +4,9 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from gwproxy.app import kept
 from gwproxy.config import Config
 from gwproxy.log import Log
+from gwproxy.parts import kept
 from gwproxy.state import store
 from gwproxy.state.store import Store
 

@@ -27,7 +27,6 @@ from gwproxy.admin.body import MOST_PER_PAGE, Page
 from gwproxy.admin.bulk import Bulk, ExportQuery, ImportQuery
 from gwproxy.admin.routes import ask_directly
 from gwproxy.admin.rows import MEDIA_TYPES, Format
-from gwproxy.app import admin_plane
 from gwproxy.cli.offline import opened
 from gwproxy.cli.printing import print_json, say
 from gwproxy.config import Config, ConfigError, Listen, find_config, load
@@ -35,6 +34,7 @@ from gwproxy.core.errors import GatewayError
 from gwproxy.core.identity import is_id
 from gwproxy.core.routing import CATALOGUE
 from gwproxy.log import Log
+from gwproxy.parts import admin_plane
 from gwproxy.state.directory import Author
 from gwproxy.state.store import Store
 from gwproxy.storage.database import DatabaseInUse, DatabaseRefused

@@ -15,7 +15,6 @@ from typing import Any, Final
 import orjson
 
 from gwproxy import assets
-from gwproxy.app import build_routes
 from gwproxy.cli.cloudflare_account import NoAccount, account
 from gwproxy.cli.plane import Ask, Call, runs
 from gwproxy.cli.printing import print_json, say, table
@@ -38,6 +37,7 @@ from gwproxy.core.reconcile import (
 )
 from gwproxy.core.routing import CATALOGUE
 from gwproxy.core.usage import Usage
+from gwproxy.parts import build_routes
 from gwproxy.state.corrections import MOST
 from gwproxy.storage import inspect
 from gwproxy.storage.database import DatabaseRefused

@@ -13,7 +13,6 @@ from typing import Any, Final
 import orjson
 
 from gwproxy import assets
-from gwproxy.app import build_routes
 from gwproxy.cli.printing import print_json, say, table
 from gwproxy.config import Config, ConfigError, find_config, load
 from gwproxy.core.money import format_rate, format_usd, parse_rate, parse_usd
@@ -22,6 +21,7 @@ from gwproxy.core.pricing import PriceBook
 from gwproxy.core.routing import CATALOGUE, Routes
 from gwproxy.core.simulate import Call, Outcome, Price, Scenario, example, simulate
 from gwproxy.core.usage import Usage
+from gwproxy.parts import build_routes
 from gwproxy.storage import inspect, reports
 from gwproxy.storage.database import DatabaseRefused
 
