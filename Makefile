@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: run test survey check bench lock clean
+.PHONY: run test survey check fuzz bench lock clean
 
 run: $(VENV)/.runtime            ## the gateway with its built-in demo upstream: no account, no configuration
 	@$(BIN)/python -m gwproxy demo
@@ -19,6 +19,12 @@ check: $(VENV)/.dev              ## style, types, tests: what a change must pass
 	$(BIN)/mypy
 	$(MAKE) test
 
+SECONDS_EACH ?= 60
+
+fuzz: $(VENV)/.dev               ## every fuzz target for SECONDS_EACH (60): what must hold, whatever comes in
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-fuzz.txt
+	$(BIN)/python -m fuzz --seconds $(SECONDS_EACH)
+
 bench: $(VENV)/.dev              ## CPU and memory against nginx and a naive proxy, in one run
 	$(BIN)/python -m bench
 
@@ -28,6 +34,8 @@ lock: $(VENV)/.runtime           ## refresh both hash-pinned requirement files f
 	    --custom-compile-command "make lock" --upgrade -o requirements.txt pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate \
 	    --custom-compile-command "make lock" --upgrade -c requirements.txt --extra dev -o requirements-dev.txt pyproject.toml
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate \
+	    --custom-compile-command "make lock" --upgrade --group fuzz -o requirements-fuzz.txt
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -41,4 +49,4 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
 	@touch $@
 
 clean:                           ## remove the environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -9,55 +9,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from fuzz.sse import reference, scan
 from gwproxy.core import sse
 from gwproxy.core.sse import SseScanner
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SAMPLES = sorted((Path(__file__).parent / "data" / "sse").glob("*.sse"))
-
-
-def reference(stream: bytes) -> tuple[list[tuple[bytes, int]], bytes]:
-    """A slow reader, byte after byte as the standard's prose has it: the events with the offset
-    after each, and the payload of what the end cut short."""
-    events: list[tuple[bytes, int]] = []
-    data: list[bytes] = []
-    line = b""
-
-    def process(line: bytes) -> None:
-        field, _, value = line.partition(b":")
-        if field == b"data":
-            data.append(value[1:] if value[:1] == b" " else value)
-
-    for offset in range(len(stream)):
-        byte = stream[offset : offset + 1]
-        if byte != b"\n":
-            line += byte
-            continue
-        if line[-1:] == b"\r":
-            line = line[:-1]
-        if line:
-            process(line)
-        else:
-            events.append((b"\n".join(data), offset + 1))
-            data.clear()
-        line = b""
-    if line[-1:] == b"\r":
-        line = line[:-1]
-    process(line)
-    return events, b"\n".join(data)
-
-
-def scan(pieces: list[bytes]) -> tuple[list[tuple[bytes, int]], bytes]:
-    """The scanner's answer in the same words: offsets in the whole stream."""
-    scanner = SseScanner()
-    events: list[tuple[bytes, int]] = []
-    before = 0
-    for piece in pieces:
-        found = scanner.feed(piece)
-        assert all(0 < end <= len(piece) for _, end in found)
-        events += [(payload, before + end) for payload, end in found]
-        before += len(piece)
-    return events, scanner.flush()
 
 
 def cut(stream: bytes, places: list[int]) -> list[bytes]:

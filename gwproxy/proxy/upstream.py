@@ -249,6 +249,8 @@ class Connection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
         if status < 200:
+            if status < 100:
+                raise ValueError("no status of HTTP's: a body would follow that has no head")
             if status == 101:
                 raise ValueError("a protocol switch that nobody asked for")
             self._headers = {}
