@@ -396,17 +396,20 @@ async def test_a_thousand_at_once_come_through_both_transitions(
             # Let in before it, answered and settled in it.
             first = group.create_task(callers.burst(1000, f"{MODEL}+delay-4000"))
             await until(lambda: len(demo.requests) >= 1000, 60)
-            async with deleted(place, life):
+            async with out_of_reach(place, life):
                 await callers.until("lost")
-            await first
-            assert {(told.status, told.mode) for told in callers.told} == {(200, "normal")}
+                await first
+                assert {(told.status, told.mode) for told in callers.told} == {(200, "normal")}
+                await callers.burst(1000)
+                assert callers.ready[-1][3] == "lost"
             # And on the other side some are let in before the end, some after it.
             while callers.ready[-1][3] == "lost":
                 await callers.burst(250)
             await callers.burst(1000)
         await life.stop()
     counts = assert_told_the_truth(callers)
-    assert sum(counts.values()) >= 2000
+    assert sum(counts.values()) >= 3000
+    assert counts["shut", 503, "normal"] >= 500 and counts["open", 200, "degraded"] >= 100, counts
     await assert_ledger(place, demo, record, callers.got)
     report(place, "thousand", counts)
 
@@ -519,8 +522,9 @@ async def test_a_clock_that_leaps_over_a_month_in_an_outage_renews_the_bound_onc
             told = [await callers.ask("shut") for _ in range(3)]
             assert [each.status for each in told if each] == [200] * 3
         await life.stop()
-    assert_told_the_truth(callers)
+    counts = assert_told_the_truth(callers)
     await assert_ledger(place, demo, record, callers.got)
+    report(place, "clock", counts)
     with closing(sqlite3.connect(place.database)) as connection:
         spent = dict(
             connection.execute("SELECT period, spent FROM balance WHERE account = 'outage:open'")
