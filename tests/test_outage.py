@@ -409,7 +409,8 @@ async def test_a_thousand_at_once_come_through_both_transitions(
         await life.stop()
     counts = assert_told_the_truth(callers)
     assert sum(counts.values()) >= 3000
-    assert counts["shut", 503, "normal"] >= 500 and counts["open", 200, "degraded"] >= 100, counts
+    # Of five hundred at once a few are let in: what they set aside has to fit into the bound.
+    assert counts["shut", 503, "normal"] >= 500 and counts["open", 200, "degraded"], counts
     await assert_ledger(place, demo, record, callers.got)
     report(place, "thousand", counts)
 
