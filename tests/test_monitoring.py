@@ -13,10 +13,14 @@ from typing import Any
 
 import aiohttp
 import pytest
+import pytest_asyncio
+from aiohttp.test_utils import TestClient
 
+from gwproxy.demo import DemoUpstream
 from tests.conftest import Front
-from tests.harness import ADMIN_KEY, chat
+from tests.harness import ADMIN, ADMIN_KEY, Gateway, bearer, chat, make_key
 from tests.raw import PATIENCE_S
+from tests.sdk import config, demo_upstream
 from tests.test_metrics import CONTRACT, families, used
 
 MONITORING = Path(__file__).parent.parent / "monitoring"
@@ -125,6 +129,71 @@ def test_each_alert_says_what_it_means_and_what_to_do() -> None:
         assert "labels: {severity}" in block, block
         assert "summary: " in block, block
         assert "action: " in block, block
+
+
+# -- a gateway that has seen everything ------------------------------------------------------------
+
+
+@pytest_asyncio.fixture
+async def demo() -> AsyncIterator[DemoUpstream]:
+    upstream = demo_upstream()
+    await upstream.start()
+    yield upstream
+    await upstream.stop()
+
+
+async def test_prometheus_own_tool_accepts_what_a_gateway_says_after_traffic_of_all_kinds(
+    tmp_path: Path, demo: DemoUpstream
+) -> None:
+    promtool = tool("promtool")
+    gateway = Gateway(
+        tmp_path,
+        config(demo, "cloudflare-compat"),
+        {"GWPROXY__BREAKER__FAILURE_THRESHOLD": "2", "GWPROXY__FAILURE__MODE": "open"},
+    )
+    said: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 20}
+    async with TestClient(gateway) as client:
+        key = await make_key(client)
+
+        async def ask(path: str, model: str, body: dict[str, Any], key: str = key) -> int:
+            sent = {"model": model, **body}
+            async with client.post(f"/v1/{path}", json=sent, headers=bearer(key)) as answer:
+                await answer.read()
+                return answer.status
+
+        assert await ask("chat/completions", "mock/prose", said) == 200
+        assert await ask("chat/completions", "mock/prose", {**said, "stream": True}) == 200
+        assert await ask("embeddings", "openai/text-embedding-3-small", {"input": "Hello"}) == 200
+        assert await ask("responses", "openai/gpt-4o-mini", {"input": "Hello"}) == 200
+        assert await ask("messages", "anthropic/claude-3-haiku", said) == 200
+        assert await ask("chat/completions", "mock/prose", said, key="gw_live_0") == 401
+        assert await ask("chat/completions", "nobody/has-this", said) == 404
+        broken = {**said, "stream": True}
+        assert await ask("chat/completions", "mock/prose+close-after-2", broken) == 200
+        for _ in range(2):
+            assert await ask("chat/completions", "mock/prose+status-500", said) == 502
+        assert await ask("chat/completions", "mock/prose", said) == 503  # its breaker is open
+        gateway.database.rename(tmp_path / "away")
+        await gateway.lines("database lost")
+        assert await ask("messages", "anthropic/claude-3-haiku", said) == 200
+        async with client.get("/metrics", headers=ADMIN) as answer:
+            text = await answer.text()
+    checked = await asyncio.create_subprocess_exec(
+        *(promtool, "check", "metrics"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    wrong, _ = await checked.communicate(text.encode())
+    assert (checked.returncode, wrong) == (0, b"")
+    for metric in (
+        "gwproxy_storage_state 1",
+        'gwproxy_breaker_state{provider="mock"} 2',
+        'gwproxy_settlements_total{outcome="truncated"} 1',
+        *(f'gwproxy_requests_total{{route="{api}"' for api in ("chat", "embeddings")),
+        *(f'gwproxy_requests_total{{route="{api}"' for api in ("responses", "messages")),
+    ):
+        assert metric in text
 
 
 # -- the real one ----------------------------------------------------------------------------------
