@@ -42,22 +42,26 @@ def commands(text: str) -> Iterator[str]:
 
 async def run(script: str, folder: Path, **environ: str) -> str:
     """What bash made of it; any command that fails fails it."""
-    process = await asyncio.create_subprocess_exec(
-        *("bash", "-c", script),
-        cwd=folder,
-        env={"PATH": os.environ["PATH"], "HOME": str(folder), **environ},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        start_new_session=True,
-    )
+    said = folder.parent / "said"
+    with said.open("wb") as out:
+        process = await asyncio.create_subprocess_exec(
+            *("bash", "-c", script),
+            cwd=folder,
+            env={"PATH": os.environ["PATH"], "HOME": str(folder), **environ},
+            stdout=out,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
         async with asyncio.timeout(150):
-            out, _ = await process.communicate()
+            await process.wait()
+    except TimeoutError:
+        pytest.fail(f"not done after 150 s: {said.read_text()}")
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # and what it has left running
-    assert process.returncode == 0, out.decode()
-    return out.decode()
+    assert process.returncode == 0, said.read_text()
+    return said.read_text()
 
 
 # -- commands --------------------------------------------------------------------------------------
@@ -175,19 +179,11 @@ async def test_every_command_of_the_readme_works(tmp_path: Path, demo: DemoUpstr
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     shutil.copy(ROOT / "config.toml", tmp_path)
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name, words in (("gwproxy", "-m gwproxy"), ("python3", "")):
-        (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {words} "$@"\n')
-        (programs / name).chmod(0o755)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     out = await run(
         readme(port),
         tmp_path,
-        PATH=f"{programs}:{os.environ['PATH']}",
-        PYTHONPATH=str(ROOT),
+        **programs(tmp_path / "bin"),
         CLOUDFLARE_ACCOUNT_ID=demo.account,
         CLOUDFLARE_GATEWAY_ID=demo.gateway,
         CLOUDFLARE_API_TOKEN=UPSTREAM_TOKEN,
@@ -201,6 +197,22 @@ async def test_every_command_of_the_readme_works(tmp_path: Path, demo: DemoUpstr
     assert "gwproxy ready on" in out
     assert "data: [DONE]" in out
     assert "ok" in out
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def programs(folder: Path) -> dict[str, str]:
+    """An environment in which `gwproxy` is this tree's, and `python3` has what it needs."""
+    folder.mkdir()
+    for name, words in (("gwproxy", "-m gwproxy"), ("python3", "")):
+        (folder / name).write_text(f'#!/bin/sh\nexec {sys.executable} {words} "$@"\n')
+        (folder / name).chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
 
 
 def readme(port: int) -> str:
@@ -226,6 +238,25 @@ SERVE = """{
   gwproxy serve > ready 2> log & trap "kill $!" EXIT
   until grep ready ready; do sleep 0.05; kill -0 $! || { cat log; exit 1; }; done
 }"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+async def test_each_promise_can_be_seen_as_the_page_says(tmp_path: Path) -> None:
+    for name in ("curl", "strace", "openssl"):
+        if shutil.which(name) is None:
+            pytest.skip(f"{name} is not installed")
+    text = (ROOT / "docs" / "GUARANTEES.md").read_text()
+    assert set(re.findall(r"\| \(([A-Z])\)", text)) <= set(re.findall(r"\*\*\(([A-Z])\)", text))
+    script = "\n".join(blocks(ROOT / "docs" / "GUARANTEES.md", "sh see"))
+    for address in ("127.0.0.1:8080", "127.0.0.1:9000"):
+        assert address in script
+        script = script.replace(address, f"127.0.0.1:{free_port()}")
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    found = programs(tmp_path / "bin")
+    out = await run(f"set -euxo pipefail\n{script}\necho all of it", folder, **found)
+    assert "all of it" in out
 
 
 def named() -> list[str]:
