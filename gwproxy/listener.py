@@ -21,6 +21,7 @@ from aiohttp.http_exceptions import BadHttpMessage, HttpProcessingError, LineToo
 from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import ERROR, _ErrInfo
+from multidict import CIMultiDict, CIMultiDictProxy
 
 from gwproxy.core.errors import BadRequest, GatewayError, RequestTooLarge
 from gwproxy.proxy.answer import SERVER, Answer
@@ -134,9 +135,55 @@ _BUSY: Final = orjson.dumps(GatewayError("Too many connections.", code="overload
 
 _TOO_MANY_HEADERS: Final = "Too many headers received"  # the parser's word, which has no class
 
-_SPOKEN: Final = (HttpVersion11, HttpVersion10)
-
 _NEVER: Final = float("inf")
+
+_NO_HEADERS: Final = CIMultiDictProxy(CIMultiDict[str]())
+
+
+class Request(web.BaseRequest):
+    """aiohttp's request at a third of its price: what every route asks for is a plain attribute,
+    where aiohttp has properties that look each up when it is first asked for. The others remain."""
+
+    # As class attributes they take the place of aiohttp's properties, and are set for each.
+    method = ""
+    raw_path = ""
+    version = HttpVersion11
+    headers = _NO_HEADERS
+    content = EMPTY_PAYLOAD
+    keep_alive = True
+    remote: str | None = None
+
+    # aiohttp's constructor sets these for each; ours are the same for all.
+    _client_max_size = 0
+    _client_max_fields = 0
+    _transport_sslcontext = _transport_peername = _transport_sockname = None
+
+    def __init__(
+        self,
+        message: RawRequestMessage,
+        body: StreamReader,
+        protocol: "ListenerProtocol",
+        task: asyncio.Task[None],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        # Not aiohttp's own initialisation: this is all of it that is asked for later.
+        self._message = message
+        self._protocol = protocol
+        self._payload_writer = StreamWriter(protocol, loop)
+        self._task = task
+        self._loop = loop
+        self._cache = {}
+        self._state = {}
+        self.content = self._payload = body
+        self.headers = self._headers = message.headers
+        self.method = self._method = message.method
+        self.version = self._version = message.version
+        self.raw_path = path = message.path
+        self.keep_alive = not message.should_close
+        self.remote = protocol.remote
+        url = message.url
+        # A whole URL in the place of a path is routed by as it came; its query is looked at.
+        self._rel_url = url.relative() if path[:1] != "/" and url.absolute else url
 
 
 class ListenerProtocol(web.RequestHandler):
@@ -150,6 +197,7 @@ class ListenerProtocol(web.RequestHandler):
         "due",
         "largest_head",
         "quiet",
+        "remote",
         "turned_away",
     )
 
@@ -168,12 +216,17 @@ class ListenerProtocol(web.RequestHandler):
         self.deaf = False
         """Whatever still comes is thrown away."""
         self.turned_away = False
+        self.remote: str | None = None
+        """The client's address; of a socket in the file system, whatever it says."""
 
     # -- the connection's beginning and end --------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         listener = self._listener
+        peer = self.peername
+        if peer is not None:
+            self.remote = str(peer[0] if isinstance(peer, list | tuple) else peer)
         self.due = self._loop.time() + listener.header_timeout_s
         if len(listener._connections) - listener.turned_away > listener.max_connections:
             self.turned_away = True
@@ -277,8 +330,8 @@ class ListenerProtocol(web.RequestHandler):
         """Answer one request after the other, all in this task: a client that leaves cancels it,
         and with it the request under way."""
         listener, parser, messages = self._listener, self._parser, self._messages
-        loop, front = self._loop, self._listener.front
-        assert parser is not None
+        loop, front, task = self._loop, self._listener.front, asyncio.current_task()
+        assert parser is not None and task is not None
         try:
             while not self._force_close:
                 if not messages:
@@ -306,7 +359,7 @@ class ListenerProtocol(web.RequestHandler):
                     message = message._replace(version=HttpVersion11)
                 if listener.handing_over:
                     message = message._replace(should_close=True)
-                request = self._make_request(message, body)
+                request = Request(message, body, self, task, loop)
                 self._request_in_progress = True
                 response = await front.handle(request, fault)
                 if isinstance(response, Answer):
@@ -334,16 +387,10 @@ class ListenerProtocol(web.RequestHandler):
             if self.transport is not None:
                 self.transport.close()
 
-    def _make_request(self, message: RawRequestMessage, body: StreamReader) -> web.BaseRequest:
-        task = self._task_handler
-        assert task is not None
-        writer = StreamWriter(self, self._loop)
-        return web.BaseRequest(message, body, self, writer, task, self._loop)
-
     def _fault(self, message: RawRequestMessage) -> GatewayError | None:
         """What aiohttp's parser accepts and a proxy must not."""
         version, headers = message.version, message.headers
-        if version not in _SPOKEN:
+        if version is not HttpVersion11 and version != HttpVersion10:
             return BadRequest("HTTP/1.1 or HTTP/1.0, please.", status=505, close=True)
         encoding = headers.get(TRANSFER_ENCODING)
         if encoding is not None and (encoding.lower() != "chunked" or version == HttpVersion10):

@@ -307,7 +307,7 @@ async def test_a_client_that_leaves_before_anything_counts_takes_its_upstream_al
             await until(lambda: len(upstream.received) == number)  # noqa: B023
             [active] = [each for pool in pools(front) for each in pool.active]
             if script is not stay_silent:
-                await until(lambda: active._answered)  # noqa: B023
+                await until(lambda: active._head_done)  # noqa: B023
             if number % 2:
                 peer.reset()
             else:

@@ -48,7 +48,7 @@ _WATCHED = frozenset(
 )
 """Fields that may ask for more than tokens in and out; a body without them is not looked into."""
 
-_MAXIMUM = ("max_tokens", "max_completion_tokens")
+_MAXIMA = frozenset({"max_tokens", "max_completion_tokens"})
 
 _CLIENT_TOOLS = frozenset({"function", "custom"})
 """Tools that the client runs itself. Any other kind runs upstream, at a price nobody can bound."""
@@ -64,7 +64,7 @@ class ChatRequest(ModelRequest, frozen=True):
     @classmethod
     def parse(cls, raw: bytes, allowed: frozenset[str] = frozenset()) -> "ChatRequest":
         """Check `raw`. `allowed`: features that the organization has switched on."""
-        body = parse_object(raw)
+        body, size_bytes = parse_object(raw)
         model = model_of(body)
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages:
@@ -72,14 +72,14 @@ class ChatRequest(ModelRequest, frozen=True):
         for index, message in enumerate(messages):
             if not isinstance(message, dict):
                 raise wrong(f"messages[{index}]", "must be an object")
-            if "cache_1h" not in allowed and lasts(message):
+            if "cache_control" in message and "cache_1h" not in allowed and lasts(message):
                 raise unsupported(f"messages[{index}].cache_control.ttl", OTHER_PRICE)
             content = message.get("content")
             if isinstance(content, list):
                 _check_parts(content, index, allowed)
             elif content is not None and not isinstance(content, str):
                 raise wrong(f"messages[{index}].content", "must be a string or an array of parts")
-            if message.get("audio") is not None:
+            if "audio" in message and message["audio"] is not None:
                 # An earlier answer's, by its id: neither in the body nor of a known length.
                 raise unsupported(f"messages[{index}].audio", ELSEWHERE)
         stream = flag_of(body, "stream")
@@ -93,9 +93,9 @@ class ChatRequest(ModelRequest, frozen=True):
             include_usage = flag_of(options, "include_usage", "stream_options.include_usage")
         if not _WATCHED.isdisjoint(body):
             _refuse_unpriced(body, allowed)
-        maximum = _maximum(body)
-        choices = count_of(body, "n", 1, MAX_CHOICES) or 1
-        return cls(model, stream, maximum, choices, body, len(raw), include_usage)
+        maximum = None if _MAXIMA.isdisjoint(body) else _maximum(body)
+        choices = (count_of(body, "n", 1, MAX_CHOICES) or 1) if "n" in body else 1
+        return cls(model, stream, maximum, choices, body, size_bytes, include_usage)
 
     @property
     def thinks(self) -> bool:
@@ -107,7 +107,7 @@ class ChatRequest(ModelRequest, frozen=True):
         maximum of output tokens where `lowered` says one."""
         changed = {**self.body, "model": candidate.sent}
         if lowered is not None:
-            for field in _MAXIMUM:
+            for field in _MAXIMA:
                 changed.pop(field, None)  # null, or nothing would have been lowered
             changed[self.maximum_field(candidate)] = lowered
         if self.stream and not self.include_usage:
@@ -170,8 +170,6 @@ def _index(item: Mapping[str, Any], position: int) -> int:
 
 
 def _maximum(body: Mapping[str, Any]) -> int | None:
-    if "max_tokens" not in body and "max_completion_tokens" not in body:
-        return None
     old = count_of(body, "max_tokens", 1, MAX_TOKENS_LIMIT)
     new = count_of(body, "max_completion_tokens", 1, MAX_TOKENS_LIMIT)
     if old is not None and new is not None and old != new:

@@ -44,7 +44,7 @@ class EmbeddingsRequest(ModelRequest, frozen=True):
     @classmethod
     def parse(cls, raw: bytes, allowed: frozenset[str] = frozenset()) -> "EmbeddingsRequest":
         """Check `raw`. `allowed`: features that the organization has switched on."""
-        body = parse_object(raw)
+        body, size_bytes = parse_object(raw)
         model = model_of(body)
         _check_input(body.get("input"))
         if body.get("stream"):
@@ -52,7 +52,7 @@ class EmbeddingsRequest(ModelRequest, frozen=True):
         tier = body.get("service_tier")
         if tier is not None and not one_of(tier, FREE_TIERS) and "service_tier" not in allowed:
             raise unsupported("service_tier", UNBOUNDED)
-        return cls(model, False, 0, 1, body, len(raw))
+        return cls(model, False, 0, 1, body, size_bytes)
 
     @property
     def inputs(self) -> list[Any]:

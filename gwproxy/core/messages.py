@@ -103,7 +103,7 @@ class MessagesRequest(ModelRequest, frozen=True):
         """Check `raw` and the headers `anthropic-version` and `anthropic-beta`. `allowed`: features
         that the organization has switched on."""
         headers = _header_lines(version, betas)
-        body = parse_object(raw)
+        body, size_bytes = parse_object(raw)
         model = model_of(body)
         maximum = count_of(body, "max_tokens", 0, MAX_TOKENS_LIMIT)
         if maximum is None:
@@ -120,7 +120,7 @@ class MessagesRequest(ModelRequest, frozen=True):
         stream = flag_of(body, "stream")
         if not _WATCHED.isdisjoint(body):
             _refuse_unpriced(body, allowed)
-        return cls(model, stream, maximum, 1, body, len(raw), headers)
+        return cls(model, stream, maximum, 1, body, size_bytes, headers)
 
     @property
     def thinks(self) -> bool:

@@ -28,7 +28,6 @@ class MessagesMeter(Meter):
 
     def observe_event(self, event: object) -> int:
         """Reads one event of a stream and returns what was in it, as a sum of the meter's flags."""
-        self.events += 1
         if type(event) is not dict:
             return 0
         kind = event.get("type")
@@ -53,7 +52,6 @@ class MessagesMeter(Meter):
         return flags
 
     def observe_answer(self, answer: object) -> int:
-        self.events += 1
         if type(answer) is not dict:
             return 0
         flags = 0
@@ -102,7 +100,6 @@ class MessagesStream(EventStream):
     meter: MessagesMeter
 
     def _event(self, payload: bytes) -> bool:
-        self.events += 1
         value = parse_event(payload)
         if value is UNREADABLE:
             self.meter.observe_unparsed(len(payload))

@@ -4,7 +4,7 @@ Pure: parsed JSON comes in, integers go out. Whatever an upstream sends, nothing
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import orjson
@@ -44,27 +44,28 @@ _Key = str | tuple[int, str] | tuple[int, str, int]
 
 
 class _Delta(msgspec.Struct, gc=False):
-    content: str | None = None
-    reasoning_content: Any = None
-    reasoning: Any = None
-    refusal: Any = None
-    tool_calls: Any = None
-    function_call: Any = None
+    content: Annotated[str, msgspec.Meta(min_length=1)]
+    reasoning_content: None = None
+    reasoning: None = None
+    refusal: None = None
+    tool_calls: None = None
+    function_call: None = None
 
 
 class _Choice(msgspec.Struct, gc=False):
     delta: _Delta
-    index: int = 0
-    finish_reason: Any = None
+    index: Literal[0] = 0
+    finish_reason: None = None
 
 
 class _Chunk(msgspec.Struct, gc=False):
-    """An event, as far as a meter has to look at it to know that it is a piece of text alone."""
+    """An event that is a piece of the first choice's text and nothing else that counts: any other
+    does not decode, so that its decoder does all the looking."""
 
-    choices: list[_Choice]
-    usage: Any = None
-    x_groq: Any = None
-    error: Any = None
+    choices: tuple[_Choice]
+    usage: None = None
+    x_groq: None = None
+    error: None = None
 
 
 _decode = msgspec.json.Decoder(_Chunk).decode
@@ -88,6 +89,7 @@ class Meter:
     """
 
     __slots__ = (
+        "_bound",
         "_count",
         "_groq_usage",
         "_held_chars",
@@ -96,7 +98,6 @@ class Meter:
         "_texts",
         "_tokens",
         "_usage",
-        "events",
         "finished",
         "forced",
         "has_output",
@@ -113,11 +114,11 @@ class Meter:
         self._texts: dict[_Key, _Text] = {}
         self._tokens = 0
         self._held_chars = 0
+        self._bound = 0
         self._usage: dict[str, Any] | None = None
         self._groq_usage: dict[str, Any] | None = None
         self._read_raw: dict[str, Any] | None = None  # the one that `_read` was made of
         self._read: Usage | None = None
-        self.events = 0
         self.finished = False
         """Some choice has given a finish_reason."""
         self.has_output = False
@@ -128,7 +129,6 @@ class Meter:
 
     def observe(self, chunk: object, part: str = "delta") -> int:
         """Reads one parsed event and returns what was in it, as a sum of the flags above."""
-        self.events += 1
         if type(chunk) is not dict:
             return 0
         flags = 0
@@ -179,20 +179,8 @@ class Meter:
             chunk = _decode(payload)
         except (ValueError, RecursionError):
             return False
-        if len(chunk.choices) != 1 or not (chunk.usage is chunk.x_groq is chunk.error is None):
-            return False
-        choice = chunk.choices[0]
-        delta = choice.delta
-        text = delta.content
-        if not text or choice.index or choice.finish_reason is not None:
-            return False
-        if not (delta.reasoning_content is delta.reasoning is delta.refusal is None):
-            return False
-        if not (delta.tool_calls is delta.function_call is None):
-            return False
-        self.events += 1
         self.has_output = True
-        self._add("content", text)
+        self._add("content", chunk.choices[0].delta.content)
         return True
 
     def observe_usage(self, answer: dict[str, Any]) -> bool:
@@ -200,7 +188,6 @@ class Meter:
         usage = answer.get("usage")
         if not usage or type(usage) is not dict:
             return False
-        self.events += 1
         self._usage = usage
         return True
 
@@ -210,8 +197,8 @@ class Meter:
 
     def observe_unparsed(self, size_bytes: int) -> None:
         """An event too big to parse counts as a token for each four of its bytes."""
-        self.events += 1
         self.unparsed_bytes += size_bytes
+        self._bound += size_bytes
         self.has_output = True
 
     def approx(self) -> int:
@@ -223,14 +210,8 @@ class Meter:
 
     def bound(self) -> int:
         """Output tokens so far at the most: of text that is held not yet counted, a token for each
-        of its bytes."""
-        if not self._held_chars:
-            return self._tokens + self.unparsed_bytes
-        held = 0
-        for text in self._texts.values():
-            chars = len(text.held)
-            held += chars if text.held.isascii() else 4 * chars
-        return self._tokens + held + self.unparsed_bytes
+        of its bytes. Asked after each event, so it is kept and not summed up."""
+        return self._bound
 
     def counted(self) -> int:
         """Output tokens that were to be seen so far. The held text is counted and stays held, so
@@ -319,22 +300,24 @@ class Meter:
         text = self._texts.get(key)
         if text is None:
             text = self._open(key)
-        self._held_chars += len(value)
+        chars = len(value)
+        self._held_chars += chars
+        self._bound += chars if value.isascii() else 4 * chars
         # Joined at once rather than kept as a list: hundreds of small strings are 20 KiB, their
         # text is half of one, and copying that is cheaper than a list's append is dear.
-        held = text.held + value
+        text.held = held = text.held + value
         if len(held) >= text.cut_at:
-            held = self._cut(text, held)
-        text.held = held
+            self._cut(text)
 
     def _open(self, key: _Key) -> _Text:
         if len(self._texts) >= _FIELDS_MAX:
             key = _SHARED
         return self._texts.setdefault(key, _Text())
 
-    def _cut(self, text: _Text, held: str) -> str:
-        """Counts what can be counted of the text held, and returns what cannot yet."""
-        before, count = len(held), self._count
+    def _cut(self, text: _Text) -> None:
+        """Counts what can be counted of the text held, and holds what cannot be yet."""
+        held, count = text.held, self._count
+        before = len(held)
         start = tokens = 0
         while len(held) - start >= PIECE_CHARS:
             end = start + PIECE_CHARS
@@ -351,13 +334,17 @@ class Meter:
         if place:
             tokens += count(held[start:place])
             start = place
-        left = held[start:]
+        text.held = left = held[start:]
         # Text without a place to cut is tried again when it is twice as long, so that the tries
         # together cost no more than reading it twice.
         text.cut_at = min(max(_HOLD_CHARS, 2 * len(left)), PIECE_CHARS)
         self._tokens += tokens
         self._held_chars -= before - len(left)
-        return left
+        bound = self._tokens + self.unparsed_bytes
+        for each in self._texts.values():
+            chars = len(each.held)
+            bound += chars if each.held.isascii() else 4 * chars
+        self._bound = bound
 
 
 _FIELDS = frozenset(

@@ -48,8 +48,6 @@ ELSEWHERE = "it points at state outside this request"
 UNBOUNDED = "its cost cannot be bounded"
 UNKNOWN_LENGTH = "its length is unknown before it is fetched; send it as base64"
 
-_DEEPEST = 254
-
 
 class ModelRequest(msgspec.Struct, frozen=True):
     """A checked request. `body` is the parsed object and is never changed in place."""
@@ -69,6 +67,7 @@ class ModelRequest(msgspec.Struct, frozen=True):
     choices: int
     body: dict[str, Any]
     size_bytes: int
+    """As it came or as it is sent, whichever is more."""
 
     @property
     def thinks(self) -> bool:
@@ -89,9 +88,7 @@ class ModelRequest(msgspec.Struct, frozen=True):
 
     def prompt_bound(self) -> int:
         """Tokens that the prompt cannot exceed, from the size of its JSON."""
-        # As it is sent, not only as it came: a number such as 1e15 is four times as long then.
-        size_bytes = max(self.size_bytes, len(orjson.dumps(self.body)))
-        return prompt_bound(self.body, size_bytes, form=self.form)
+        return prompt_bound(self.body, self.size_bytes, form=self.form)
 
     def prompt_slices(self, count: Callable[[str], int]) -> Generator[None, None, int]:
         """Its tokens by our own tokenizer, in slices that let the loop breathe."""
@@ -151,8 +148,9 @@ class ModelRequest(msgspec.Struct, frozen=True):
         raise NotImplementedError
 
 
-def parse_object(raw: bytes) -> dict[str, Any]:
-    """A JSON object in UTF-8, strictly: NaN, a byte order mark and trailing data are refused."""
+def parse_object(raw: bytes) -> tuple[dict[str, Any], int]:
+    """A JSON object in UTF-8, strictly: NaN, a byte order mark and trailing data are refused. And
+    its size in bytes, as it came or as it is sent: a number such as 1e15 is longer then."""
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -162,14 +160,13 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         ) from None
     if not isinstance(body, dict):
         raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
-    if raw.count(b"[") + raw.count(b"{") >= _DEEPEST:
-        # Values are read up to 1,024 levels deep and written up to 254: what cannot be sent is
-        # refused before anything is held for it.
-        try:
-            orjson.dumps(body)
-        except orjson.JSONEncodeError:
-            raise InvalidRequest("The body is nested too deeply.", code="invalid_json") from None
-    return body
+    # Values are read up to 1,024 levels deep and written up to 254: what cannot be sent is refused
+    # before anything is held for it. To write all of it costs less than to count its brackets.
+    try:
+        written = orjson.dumps(body)
+    except orjson.JSONEncodeError:
+        raise InvalidRequest("The body is nested too deeply.", code="invalid_json") from None
+    return body, max(len(raw), len(written))
 
 
 # -- checks --------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ class ResponsesRequest(ModelRequest, frozen=True):
     @classmethod
     def parse(cls, raw: bytes, allowed: frozenset[str] = frozenset()) -> "ResponsesRequest":
         """Check `raw`. `allowed`: features that the organization has switched on."""
-        body = parse_object(raw)
+        body, size_bytes = parse_object(raw)
         model = model_of(body)
         if not _WATCHED.isdisjoint(body):
             _refuse_unpriced(body, allowed)
@@ -127,7 +127,7 @@ class ResponsesRequest(ModelRequest, frozen=True):
         if options is not None and not isinstance(options, dict):
             raise wrong("stream_options", "must be an object")
         maximum = count_of(body, "max_output_tokens", 1, MAX_TOKENS_LIMIT)
-        return cls(model, stream, maximum, 1, body, len(raw))
+        return cls(model, stream, maximum, 1, body, size_bytes)
 
     @property
     def thinks(self) -> bool:

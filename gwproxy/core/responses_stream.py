@@ -26,7 +26,6 @@ class ResponsesMeter(Meter):
 
     def observe_event(self, event: object) -> int:
         """Reads one event of a stream and returns what was in it, as a sum of the meter's flags."""
-        self.events += 1
         if type(event) is not dict:
             return 0
         kind = event.get("type")
@@ -57,7 +56,6 @@ class ResponsesMeter(Meter):
         return flags
 
     def observe_answer(self, answer: object) -> int:
-        self.events += 1
         if type(answer) is not dict:
             return 0
         flags = self._observe_output(answer)
@@ -108,7 +106,6 @@ class ResponsesStream(EventStream):
         self._number = -1
 
     def _event(self, payload: bytes) -> bool:
-        self.events += 1
         if payload == b"[DONE]":  # some servers cannot leave it
             self.done = self.committed = True
             return True

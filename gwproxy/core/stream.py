@@ -46,7 +46,6 @@ class EventStream:
         "committed",
         "done",
         "error",
-        "events",
         "meter",
     )
 
@@ -60,7 +59,6 @@ class EventStream:
         self.committed = False
         self.done = False
         self.error: Any = None
-        self.events = 0
 
     def _event(self, payload: bytes) -> bool:
         """Read one event's payload; False: it is ours alone and is not passed on."""
@@ -203,12 +201,11 @@ class ChatStream(EventStream):
 
     def _event(self, payload: bytes) -> bool:
         """Read one event's payload; False: it is ours alone and is not passed on."""
-        self.events += 1
-        if payload == b"[DONE]":
-            self.done = self.committed = True
-            return True
         if self.meter.observe_text(payload):
             self.committed = True
+            return True
+        if payload == b"[DONE]":
+            self.done = self.committed = True
             return True
         value = parse_event(payload)
         if value is UNREADABLE:

@@ -4,6 +4,7 @@ Pure tables and the functions that read them. Cloudflare's words come from its p
 documentation and from what others observed; where an answer fits no table, its status decides.
 """
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -140,14 +141,24 @@ def passed_on(headers: Mapping[str, str]) -> dict[str, str]:
     They are written into our own head as they are, so a value that could end a line is left out.
     """
     out: dict[str, str] = {}
-    for name, value in headers.items():
-        if name in ("x-request-id", "request-id"):
-            name = "x-upstream-request-id"
-        elif name not in _PASSED_ON and not _PASSED_ON_NAME.fullmatch(name):
-            continue
+    for name, shown in _shown(tuple(headers)):
+        value = headers[name]
         if value.isascii() and value.isprintable() and len(value) <= _PASSED_ON_LIMIT:
-            out[name] = value
+            out[shown] = value
     return out
+
+
+@functools.lru_cache(maxsize=64)
+def _shown(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Which of a head's names are passed on, and under which name. A provider's heads nearly all
+    have the same names, so that this is seldom looked into."""
+    found = []
+    for name in names:
+        if name in ("x-request-id", "request-id"):
+            found.append((name, "x-upstream-request-id"))
+        elif name in _PASSED_ON or _PASSED_ON_NAME.fullmatch(name):
+            found.append((name, name))
+    return tuple(found)
 
 
 # -- errors --------------------------------------------------------------------------------------

@@ -299,8 +299,10 @@ class Sending:
     async def _try(self, planned: Planned, entry: Entry) -> Reply | Verdict:
         """One attempt; the provider's breaker is told what came of it."""
         trace = self._trace
-        provider = planned.priced.candidate.provider.name
-        self._tell("Attempting provider", provider, len(trace.attempts) + 1)
+        # What goes well at once is for those who look for it.
+        told = bool(trace.attempts) or self._dispatch.log.debugging
+        if told:
+            self._tell("Attempting provider", planned, len(trace.attempts) + 1)
         try:
             result = await self._attempt(planned)
         except BaseException:
@@ -310,25 +312,23 @@ class Sending:
         if isinstance(result, Reply):
             entry.answered(attempt.duration_s)
             self._entry = entry
-            self._tell("Provider succeeded", provider, len(trace.attempts))
+            if told:
+                self._tell("Provider succeeded", planned, len(trace.attempts))
             return result
         entry.ended(result.outcome)
         attempt.reason = result.reason
         attempt.error_type = result.error_type
         return result
 
-    def _tell(self, event: str, provider: str, attempt: int) -> None:
-        """What goes well at once is for those who look for it; what comes after a failure for
-        everybody."""
-        log = self._dispatch.log
-        if attempt > 1 or log.debugging:
-            log.event(
-                "info" if attempt > 1 else "debug",
-                event,
-                request_id=self._trace.request_id,
-                attempt=attempt,
-                provider=provider,
-            )
+    def _tell(self, event: str, planned: Planned, attempt: int) -> None:
+        """What comes after a failure is for everybody."""
+        self._dispatch.log.event(
+            "info" if attempt > 1 else "debug",
+            event,
+            request_id=self._trace.request_id,
+            attempt=attempt,
+            provider=planned.priced.candidate.provider.name,
+        )
 
     def _give_up(self, verdict: Verdict | None) -> GatewayError:
         """The last candidate's failure, logged where it is not the caller's own."""
@@ -371,7 +371,8 @@ class Sending:
         dispatch, trace, reservation = self._dispatch, self._trace, self._reservation
         priced, number = planned.priced, len(trace.attempts) + 1
         candidate = priced.candidate
-        endpoint = dispatch.endpoint(candidate.provider.name)
+        provider = candidate.provider.name
+        endpoint = dispatch.endpoint(provider)
         request = self._request
         body = request.body_for(candidate, planned.plan.lowered)
         cache = endpoint.cloudflare and reservation.organization.cache
@@ -379,9 +380,9 @@ class Sending:
             self._principal, trace, request, priced, number, body, cache=cache
         )
         began = dispatch.now()
-        record = Attempt(candidate.provider.name, candidate.model)
+        record = Attempt(provider, candidate.model)
         trace.attempts.append(record)
-        trace.provider, trace.provider_model = candidate.provider.name, candidate.model
+        trace.provider, trace.provider_model = provider, candidate.model
         if number == 1:
             dispatch.metrics.overhead.observe(began - trace.started)
         try:

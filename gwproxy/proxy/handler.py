@@ -53,6 +53,15 @@ _STREAM: Final = (
 )
 
 
+def _ms(duration_s: float) -> str:
+    """Milliseconds with two decimals, by integers: a float's format costs four times as much."""
+    whole, rest = divmod(int(duration_s * 100_000), 100)
+    return f"{whole}{_HUNDREDTHS[rest]}"
+
+
+_HUNDREDTHS: Final = tuple(f".{number:02d}" for number in range(100))
+
+
 Parse = Callable[[bytes, frozenset[str], CIMultiDictProxy[str]], ModelRequest]
 """From a body, the features that the caller's organization has, and the headers."""
 
@@ -177,11 +186,9 @@ class ModelHandler:
     async def _relay(
         self, request: web.BaseRequest, reply: Reply, reservation: Reservation, trace: Trace
     ) -> web.StreamResponse:
-        ours_ms = (reply.sent_at - trace.started) * 1000
-        theirs_ms = 0.0
+        ours_s, theirs_s = reply.sent_at - trace.started, 0.0
         if reply.first_byte_at:  # else a stream that was committed before it said anything
             theirs_s = reply.first_byte_at - reply.sent_at
-            theirs_ms = theirs_s * 1000
             self._metrics.ttfb(trace.provider).observe(theirs_s)
         if reply.events is None:
             reservation.settle()  # before its head goes out, so that the head shows it
@@ -189,8 +196,9 @@ class ModelHandler:
             f"x-request-id: {trace.request_id}\r\n"
             f"x-gateway-provider: {trace.provider}\r\n"
             f"x-gateway-mode: {'degraded' if reservation.degraded else 'normal'}\r\n"
-            f"Server-Timing: gw;dur={ours_ms:.2f}, up;dur={theirs_ms:.1f}\r\n"
-        ) + fields(reservation.figures())
+            f"Server-Timing: gw;dur={_ms(ours_s)}, up;dur={_ms(theirs_s)}\r\n"
+            f"{fields(reservation.figures())}"
+        )
         if reservation.plan.lowered is not None:
             lines += f"x-gateway-max-tokens: {reservation.plan.lowered}\r\n"
         if self._api is Api.MESSAGES:

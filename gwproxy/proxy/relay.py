@@ -47,6 +47,7 @@ class Relay:
         "_idle_s",
         "_last_out_at",
         "_loop",
+        "_meter",
         "_now",
         "_protocol",
         "_reply",
@@ -81,6 +82,7 @@ class Relay:
         self._writer = request.writer
         self._reply = reply
         self._events = events
+        self._meter = events.meter
         self._reservation = reservation
         self._drained: int | None = None
         """Bytes read since the client left; None: he is there."""
@@ -174,7 +176,7 @@ class Relay:
         """Read `data` and write what may leave now; False: the stream ends here."""
         leaving = self._events.feed(data)
         if leaving:
-            if not self._may_leave():
+            if self._meter.bound() > self._reservation.mark and not self._may_leave():
                 return False
             self._last_out_at = now
             self._write(leaving)
@@ -209,7 +211,7 @@ class Relay:
     def _may_leave(self) -> bool:
         """Whether the watermark allows for all that was read, by now at the latest."""
         reservation = self._reservation
-        if self._events.meter.bound() > reservation.mark:
+        if self._meter.bound() > reservation.mark:
             try:
                 reservation.extend()
             except GatewayError as error:

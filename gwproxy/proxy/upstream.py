@@ -111,15 +111,17 @@ class Connection(asyncio.Protocol):
         self._sent_at = 0.0
         self._reused = False
         self._paused = False
-        self._parser = httptools.HttpResponseParser(self)
+        self._body: list[bytes] = []
+        # The parser asks for it once: a method of ours would be one more call for each event.
+        self.on_body = self._body.append
         self._reset()
+        self._parser = httptools.HttpResponseParser(self)
 
     def _reset(self) -> None:
-        self._answered = False
         self._head_done = False
         self._head_bytes = 0
         self._headers: dict[str, str] = {}
-        self._body: list[bytes] = []
+        self._body.clear()
         self._complete = False
         self._keep_alive = False
 
@@ -168,7 +170,6 @@ class Connection(asyncio.Protocol):
             # Bytes that answer nothing: the connection's framing is lost.
             self.abort()
             return
-        self._answered = True
         self._head_bytes += len(data)
         try:
             self._parser.feed_data(data)
@@ -182,7 +183,6 @@ class Connection(asyncio.Protocol):
                 self.fail(TRUNCATED if self._head_done else GARBAGE)
             return
         if self._body:
-            self._head_bytes = 0
             self._deliver()
         elif self._head_bytes > HEAD_LIMIT:
             # A head without an end, or the trailer of a body.
@@ -206,7 +206,7 @@ class Connection(asyncio.Protocol):
             # A body without a length ends with its connection (RFC 9112, 6.3).
             whole = exc is None and self._until_close
             exchange.on_end(None if whole else TRUNCATED)
-        elif self._answered:
+        elif self._head_bytes:
             exchange.on_end(GARBAGE)
         else:
             soon = self._pool.now() - self._sent_at < STALE_WITHIN_S
@@ -214,10 +214,12 @@ class Connection(asyncio.Protocol):
 
     def _deliver(self) -> None:
         pieces = self._body
-        if pieces and self.exchange is not None:
-            body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if pieces:
+            self._head_bytes = 0
+            body = pieces.pop() if len(pieces) == 1 else b"".join(pieces)
             pieces.clear()
-            self.exchange.on_body(body)
+            if self.exchange is not None:
+                self.exchange.on_body(body)
 
     def _end(self) -> None:
         exchange = self.exchange
@@ -262,9 +264,6 @@ class Connection(asyncio.Protocol):
         self._head_done = True
         if self.exchange is not None:
             self.exchange.on_head(status, headers)
-
-    def on_body(self, body: bytes) -> None:
-        self._body.append(body)
 
     def on_message_complete(self) -> None:
         if self._head_done:  # else an interim 1xx answer
