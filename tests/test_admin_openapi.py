@@ -66,6 +66,13 @@ async def test_the_document_is_whole(front: Front) -> None:
     assert new["additionalProperties"] is False
     assert new["properties"]["monthly_limit_usd"]["anyOf"][0]["type"] == "string"
     assert "digest" not in str(document)
+    body = document["paths"]["/admin/import"]["post"]["requestBody"]
+    assert set(body["content"]) == {"application/x-ndjson", "text/csv"}
+    for kind, key in (("UserRow", "user_id"), ("OrganizationRow", "org_id")):
+        assert kind in body["description"]
+        assert {key, "kind", "created_at"} <= set(
+            document["components"]["schemas"][kind]["properties"]
+        )
 
 
 @pytest.mark.parametrize(

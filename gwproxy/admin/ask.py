@@ -44,6 +44,8 @@ class Streams:
 
     takes: tuple[str, ...] = ()
     gives: tuple[str, ...] = ()
+    rows: tuple[type[msgspec.Struct], ...] = ()
+    """What a line of it may be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

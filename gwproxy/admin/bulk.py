@@ -490,7 +490,7 @@ class BulkHandler:
                 summary="Import users or organizations: all rows, or none.",
                 query=ImportQuery,
                 answers=ImportReport,
-                streams=Streams(takes=media_types),
+                streams=Streams(takes=media_types, rows=(UserRow, OrganizationRow)),
                 refusals=(409,),
             ),
         )

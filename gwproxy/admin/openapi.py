@@ -76,6 +76,7 @@ class OpenApi:
 def document(routes: Iterable[Route]) -> dict[str, Any]:
     table = list(routes)
     shown = [each for route in table for each in (route.body, route.answers) if each is not None]
+    shown += [each for route in table if route.streams is not None for each in route.streams.rows]
     _, schemas = msgspec.json.schema_components([Error, *shown], ref_template=_REF)
     paths: dict[str, dict[str, Any]] = {}
     for route in table:
@@ -121,7 +122,12 @@ def _operation(route: Route, table: list[Route]) -> dict[str, Any]:
         needs = any(field.required for field in msgspec.structs.fields(route.body))
         operation["requestBody"] = {"required": needs, "content": _content(route.body)}
     if route.streams is not None and route.streams.takes:
-        operation["requestBody"] = {"required": True, "content": _text(route.streams.takes)}
+        kinds = " or ".join(each.__name__ for each in route.streams.rows)
+        operation["requestBody"] = {
+            "description": f"One {kinds} a line; in CSV the first line names the fields.",
+            "required": True,
+            "content": _text(route.streams.takes),
+        }
     return operation
 
 
