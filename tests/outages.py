@@ -169,12 +169,23 @@ def moved_away(folder: Path) -> Iterator[None]:
     obstacle.rmdir()
 
 
+def why_not_immutable(folder: Path) -> str:
+    """Why no file of this folder can be made immutable; empty if it can."""
+    if shutil.which("chattr") is None:
+        return "there is no chattr on this machine"
+    file = folder / "immutable"
+    file.touch()
+    if subprocess.run(["chattr", "+i", str(file)], capture_output=True).returncode:
+        return "this file system, or this user, cannot make a file immutable"
+    subprocess.run(["chattr", "-i", str(file)], check=True)
+    return ""
+
+
 @contextmanager
 def immutable(*paths: Path) -> Iterator[None]:
     """Nobody may write to them, root neither."""
     files = [str(path) for path in paths]
-    if subprocess.run(["chattr", "+i", *files], capture_output=True).returncode:
-        pytest.skip("this file system, or this user, cannot make a file immutable")
+    subprocess.run(["chattr", "+i", *files], check=True)
     try:
         yield
     finally:
