@@ -22,7 +22,7 @@ fuzz: $(VENV)/.dev               ## every fuzz target for SECONDS_EACH (60): wha
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-fuzz.txt
 	$(BIN)/python -m fuzz --seconds $(SECONDS_EACH)
 
-bench: $(VENV)/.dev              ## CPU and memory against nginx and a naive proxy, in one run
+bench: $(VENV)/.dev              ## CPU, time and memory against nginx and other gateways, in one run
 	$(BIN)/python -m bench
 
 lock: $(VENV)/.runtime           ## refresh both hash-pinned requirement files from pyproject.toml

@@ -29,7 +29,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Measures gwproxy, nginx and a naive proxy in one run, on loopback.",
+        description="Measures gwproxy, nginx, a naive proxy and other gateways in one run.",
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="a shorter run, for a first look")

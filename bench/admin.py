@@ -25,7 +25,7 @@ import uvloop
 
 from bench import wire
 from bench.children import ChildFailed, Children, Talker
-from bench.contestants import free_port
+from bench.entrant import free_port
 from bench.ledger import loop_ns
 from gwproxy.log import Log
 from gwproxy.state.store import Kept, opened

@@ -1,75 +1,21 @@
 """Who takes part: one function a proxy, which writes what it needs and says how it is started.
 
-A new contestant is one function and one line in the table at the end.
+A new contestant is one function and one line in the table at the end; the other AI gateways, which
+have to be installed first, are in peers.py.
 """
 
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from importlib import metadata, util
-from pathlib import Path
 
+from bench import peers
 from bench.children import ROOT, environment
+from bench.entrant import MODEL, SOME_KEY, Contestant, Entrant, Site, Unavailable
 
 PYTHON = sys.executable
-MODEL = "openai/gpt-4o-mini"
-
-
-class Unavailable(Exception):
-    """This contestant cannot take part here; the words say why, and the run goes on without it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """What every contestant is given: a folder of its own, a port, and the upstream to speak to."""
-
-    folder: Path
-    port: int
-    upstream_port: int
-    ca: Path | None
-    """The authority that signed the upstream; None where the upstream is plain HTTP."""
-
-    @property
-    def upstream(self) -> str:
-        return f"{'https' if self.ca else 'http'}://127.0.0.1:{self.upstream_port}"
-
-
-@dataclass(frozen=True, slots=True)
-class Contestant:
-    command: tuple[str, ...]
-    ready_path: str
-    """A GET here answers 200 as soon as requests can be served."""
-    headers: dict[str, str]
-    model: str = MODEL
-    environ: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Entrant:
-    """A line of the table of contestants."""
-
-    name: str
-    what: str
-    """What is switched on, for the report."""
-    prepare: Callable[[Site], Contestant]
-    version: Callable[[], str]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-# Proxies that know no keys are sent one of the same length, so that all read equally many bytes.
-SOME_KEY = {"Authorization": "Bearer gw_live_" + "0" * 46}
-
 
 # -- nginx ---------------------------------------------------------------------------------------
 
@@ -133,7 +79,8 @@ def nginx(site: Site) -> Contestant:
             # Started by root its worker would become `nobody`, who cannot enter the run's folder.
             user="user root;" if os.geteuid() == 0 else "",
             folder=site.folder,
-            connections=8192,
+            # Two for each stream, and the largest step has 5,000 of them.
+            connections=16384,
             upstream_port=site.upstream_port,
             port=site.port,
             scheme="https" if site.ca else "http",
@@ -263,8 +210,8 @@ def gwproxy_version() -> str:
 ENTRANTS = (
     Entrant(
         "gwproxy",
-        "nothing switched off, no default changed: authentication, prices, metering, metrics and "
-        "request log; budgets are set and there is no ledger yet that would hold requests to them",
+        "nothing switched off, no default changed: authentication, prices, budgets on organization "
+        "and user, the ledger on disk, metering, metrics and request log",
         gwproxy,
         gwproxy_version,
     ),
@@ -282,4 +229,5 @@ ENTRANTS = (
         naive,
         naive_version,
     ),
+    *peers.ENTRANTS,
 )

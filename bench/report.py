@@ -1,85 +1,27 @@
 """The report, made from what was measured and from nothing else. Pure: results in, text out."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from bench.contestants import ENTRANTS, MODEL
+from bench.cells import (
+    REACHED,
+    Figure,
+    Table,
+    players,
+    quantile,
+    ratios,
+    spread,
+    with_added,
+)
+from bench.entrant import MODEL
+from bench.growth import broken_steps, growth_tables
 from bench.run import DIRECT, Results, label
 from bench.wire import ANSWER, REQUEST_BYTES, word_event
 
 PEERS = ("nginx", "naive")
-REACHED = 0.98
-"""A rate below this part of the one asked for counts as not reached."""
 SATURATED = 0.85
 """A helper process busier than this may have slowed what it measured."""
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    title: str
-    words: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def __str__(self) -> str:
-        widths = [
-            max(len(row[i]) for row in (self.head, *self.rows)) for i in range(len(self.head))
-        ]
-
-        def line(cells: Sequence[str]) -> str:
-            padded = (
-                cell.ljust(width) if at == 0 else cell.rjust(width)
-                for at, (cell, width) in enumerate(zip(cells, widths, strict=True))
-            )
-            return "| " + " | ".join(padded) + " |"
-
-        rule = "|" + "|".join(
-            "-" * (width + 2) if at == 0 else "-" * (width + 1) + ":"
-            for at, width in enumerate(widths)
-        )
-        lines = [line(self.head), rule + "|", *(line(row) for row in self.rows)]
-        return f"## {self.title}\n\n{self.words}\n\n" + "\n".join(lines) + "\n"
-
-
-Figure = Callable[[dict[str, Any]], float]
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    if not values:
-        return "-"
-    middle = format(median(values), form)
-    if len(values) == 1:
-        return middle
-    return f"{min(values):{form}} - **{middle}** - {max(values):{form}}"
-
-
-def players(results: Results) -> Iterator[tuple[str, str]]:
-    """Label and kind, the kinds one after the other, in the order of the table of contestants."""
-    for kind in results.settings.kinds:
-        for entrant in ENTRANTS:
-            name = label(entrant.name, kind)
-            if any(window["who"] == name for window in results.windows):
-                yield name, kind
-
-
-def ratios(results: Results, phase: str, who: str, peer: str, figure: Figure) -> list[float]:
-    """Pair by pair: each window against the peer's window of the same round."""
-    mine, theirs = results.of(phase, who), results.of(phase, peer)
-    return [
-        figure(mine[round_]) / figure(theirs[round_])
-        for round_ in sorted(mine.keys() & theirs.keys())
-        if figure(theirs[round_]) > 0
-    ]
-
-
-def differences(results: Results, phase: str, who: str, kind: str, figure: Figure) -> list[float]:
-    mine, direct = results.of(phase, who), results.of(phase, label(DIRECT, kind))
-    return [
-        figure(mine[round_]) - figure(direct[round_])
-        for round_ in sorted(mine.keys() & direct.keys())
-    ]
 
 
 def cpu_table(
@@ -118,55 +60,59 @@ def per_event_us(window: dict[str, Any]) -> float:
     return float(window["cpu_ns"] / max(1, window["events"]) / 1000)
 
 
-def quantile(name: str, which: str) -> Figure:
-    return lambda window: float(window[name].get(which, float("nan")))
-
-
-def with_added(results: Results, phase: str, who: str, kind: str, name: str, which: str) -> str:
-    figure = quantile(name, which)
-    windows = results.of(phase, who).values()
-    if not windows:
-        return "-"
-    absolute = f"{median(map(figure, windows)):.0f}"
-    if who.startswith(DIRECT):
-        return absolute
-    added = differences(results, phase, who, kind, figure)
-    return f"{absolute} ({median(added):+.0f})" if added else absolute
-
-
-def latency_table(results: Results) -> Table:
-    wanted = results.settings
+def latency_table(
+    results: Results, title: str, words: str, columns: Sequence[tuple[str, str, str]]
+) -> Table:
+    """`columns`: the phase, the name of its figure, and how the column is headed."""
     rows = []
-    for kind in wanted.kinds:
+    for kind in results.settings.kinds:
         names = [label(DIRECT, kind), *(who for who, its in players(results) if its == kind)]
         for who in names:
             cells = [
                 with_added(results, phase, who, kind, name, which)
-                for phase, name in (
-                    ("first byte", "first_byte_us"),
-                    ("paced requests", "first_byte_us"),
-                    ("streams", "delay_us"),
-                )
-                for which in ("p50", "p99")
+                for phase, name, _ in columns
+                for which in ("p50", "p99", "p999")
             ]
-            rows.append([who, *cells])
-    return Table(
-        "Added time",
+            if any(cell != "-" for cell in cells):
+                rows.append([who, *cells])
+    heads = [f"{head} {which}" for _, _, head in columns for which in ("p50", "p99", "p99.9")]
+    return Table(title, words, ["proxy", *heads], rows)
+
+
+def latency_tables(results: Results) -> list[Table]:
+    wanted = results.settings
+    read = (
         "Microseconds, medians over the rounds; in brackets what the proxy added to the direct "
-        "way, pair by pair (the direct way to a TLS upstream speaks TLS too). *First byte*: a "
-        "short stream on a kept-alive connection, one at a time, "
-        f"{wanted.first_bytes} a window. *At {wanted.request_rate:.0f}/s*: non-stream requests at "
-        f"that rate over {wanted.connections} connections. *Event*: from the upstream's write to "
-        f"the client's read, at {wanted.streams * 1000 / wanted.stream_interval_ms:.0f} events/s. "
-        "All processes share the cores, so the high quantiles also hold the scheduler's share.",
-        [
-            "proxy",
-            *("first byte p50", "p99"),
-            *(f"at {wanted.request_rate:.0f}/s p50", "p99"),
-            *("event p50", "p99"),
-        ],
-        rows,
+        "way, pair by pair (the direct way to a TLS upstream speaks TLS too). All processes share "
+        "the cores, so the high quantiles also hold the scheduler's share; a p99.9 of fewer than "
+        "1,000 samples is the worst of them."
     )
+    return [
+        latency_table(
+            results,
+            "Added time of a request",
+            f"How long a caller waits for the first byte of a non-stream answer, over "
+            f"{wanted.connections} connections: at {wanted.calm_rate:.0f} requests a second, which "
+            f"everybody can keep, and at {wanted.request_rate:.0f}. A proxy that cannot keep the "
+            f"rate shows its queue here, and a remark says so. {read}",
+            (
+                ("calm requests", "first_byte_us", f"{wanted.calm_rate:.0f}/s"),
+                ("paced requests", "first_byte_us", f"{wanted.request_rate:.0f}/s"),
+            ),
+        ),
+        latency_table(
+            results,
+            "Added time of a stream",
+            "*First byte*: from the request to the first byte of a short stream on a kept-alive "
+            f"connection, one at a time, {wanted.first_bytes} a window. *Event*: from the "
+            "upstream's write to the client's read, at "
+            f"{wanted.streams * 1000 / wanted.stream_interval_ms:.0f} events/s. {read}",
+            (
+                ("first byte", "first_byte_us", "first byte"),
+                ("streams", "delay_us", "event"),
+            ),
+        ),
+    ]
 
 
 def gap_table(results: Results) -> Table:
@@ -250,9 +196,11 @@ def memory_table(results: Results) -> Table:
         )
     return Table(
         "Memory",
-        "RSS and PSS in MiB, worker processes included. *KiB a stream*: growth of PSS over the "
-        "process before the first of them, both connections of the stream included, the kernel's "
-        "socket buffers not. *After*: RSS when they had ended; *end*: after all phases.",
+        "RSS and PSS in MiB, worker processes included: what the process holds of the machine's "
+        "memory, pages shared with others counted in full (RSS) or in part (PSS). *KiB a stream*: "
+        "growth of PSS over the process before the first of them, both connections of the stream "
+        "included, the kernel's socket buffers not; read as MiB it is what 1,024 streams take. "
+        "*After*: RSS when they had ended; *end*: after all phases.",
         [
             *("proxy", "idle RSS", "idle PSS"),
             *(f"KiB a stream, {step} open" for step in steps),
@@ -299,8 +247,13 @@ def remarks(results: Results) -> list[str]:
             continue
         if window.get("errors"):
             said.append(f"{where}: errors: {window['errors']}.")
-        if window["phase"] == "paced requests":
-            asked = int(wanted.request_rate * wanted.request_window_s)
+        if window["phase"] in ("paced requests", "calm requests"):
+            calm = window["phase"] == "calm requests"
+            asked = int(
+                wanted.calm_rate * wanted.calm_window_s
+                if calm
+                else wanted.request_rate * wanted.request_window_s
+            )
             reached = (window["completed"] + 1) / asked  # the last tick may fall after the end
             if reached < REACHED or window["waited"]:
                 said.append(
@@ -320,7 +273,8 @@ def remarks(results: Results) -> list[str]:
                         f"{where}: the {helper} process used {window[f'{helper}_busy']:.0%} of a "
                         "core and may have slowed what it measured."
                     )
-        verdict = window.get("verdict")
+        # Of the growing number of streams the tables and their own remarks tell.
+        verdict = None if "rate" in window and "base" in window else window.get("verdict")
         if verdict and verdict["whole"] < verdict["streams"]:
             broken = verdict["streams"] - verdict["whole"]
             said.append(f"{where}: {broken} streams were not whole: {verdict['errors']}.")
@@ -330,7 +284,7 @@ def remarks(results: Results) -> list[str]:
                     f"{where}: weighed with {weight['open']} instead of {weight['streams']} "
                     "streams open; left out of the table."
                 )
-    return said
+    return said + broken_steps(results)
 
 
 def tables(results: Results) -> list[Table]:
@@ -377,10 +331,11 @@ def tables(results: Results) -> list[Table]:
             "events/s",
         ),
         completeness_table(results),
-        latency_table(results),
+        *latency_tables(results),
         gap_table(results),
         memory_table(results),
         start_table(results),
+        *growth_tables(results),
     ]
     return [table for table in found if table.rows]
 
@@ -402,6 +357,17 @@ def method(results: Results) -> str:
     )
 
 
+READING = (
+    "How to read it. *CPU per request* (or per event) is what one of them costs in processor time, "
+    "in millionths of a second: 200 us means that one core is full at 5,000 a second. *x nginx* is "
+    "how many times what nginx needs to pass the same bytes on without looking at them, *x naive* "
+    "the same against the proxy that people write first. *Added time* is what a caller waits "
+    "longer than without a proxy: half of the requests wait less than p50, one in a hundred longer "
+    "than p99, one in a thousand longer than p99.9. What was wanted of gwproxy, and why a figure "
+    "is not reached where it is not, is said in TARGETS.md beside this file."
+)
+
+
 def render(results: Results) -> str:
     machine = results.machine
     facts = [
@@ -416,7 +382,7 @@ def render(results: Results) -> str:
     ]
     lines = ["# What a proxy costs", "", "Written by `python -m bench`; not edited by hand.", ""]
     lines += [f"- {fact}" for fact in facts]
-    lines += ["", method(results), ""]
+    lines += ["", method(results), "", READING, ""]
     lines += [
         f"- **{name}** ({info['version']}): {info['what']}"
         for name, info in results.took_part.items()

@@ -22,19 +22,13 @@ import trustme
 
 from bench import probes
 from bench.children import ChildFailed, Children, Talker, stop
-from bench.contestants import (
-    ENTRANTS,
-    MODEL,
-    PYTHON,
-    SOME_KEY,
-    Contestant,
-    Entrant,
-    Site,
-    Unavailable,
-    free_port,
-)
+from bench.contestants import ENTRANTS, PYTHON
+from bench.entrant import MODEL, SOME_KEY, Contestant, Entrant, Site, Unavailable, free_port
 
-READY_WITHIN_S = 20.0
+READY_WITHIN_S = 90.0
+"""Some gateways load for many seconds; on a busy machine for many more."""
+ANSWER_WITHIN_S = 600.0
+"""A window of a slow proxy takes minutes where thousands of streams are opened."""
 DIRECT = "direct"
 
 
@@ -60,9 +54,17 @@ class Settings:
     held_events: int = 10
     held_interval_ms: float = 500
     held_settle_s: float = 0.5
-    first_bytes: int = 200
+    first_bytes: int = 1000
     idle_s: float = 3.0
-    limit_s: float = 900
+    calm_rate: float = 100
+    calm_window_s: float = 10
+    calm_rounds: int = 2
+    growth_steps: tuple[int, ...] = (10, 100, 1000, 5000)
+    growth_rate: float = 1000
+    growth_warm_s: float = 1.0
+    growth_window_s: float = 6.0
+    growth_open_s: float = 90
+    limit_s: float = 7200
     pin: bool = False
 
 
@@ -84,7 +86,13 @@ QUICK = Settings(
     held_settle_s=0.15,
     first_bytes=50,
     idle_s=0.5,
-    limit_s=240,
+    calm_window_s=1,
+    calm_rounds=1,
+    growth_steps=(10, 500),
+    growth_warm_s=0.2,
+    growth_window_s=1.0,
+    growth_open_s=20,
+    limit_s=600,
 )
 SMOKE = Settings(
     "smoke",
@@ -106,6 +114,14 @@ SMOKE = Settings(
     held_settle_s=0.05,
     first_bytes=10,
     idle_s=0.2,
+    calm_rate=50,
+    calm_window_s=0.2,
+    calm_rounds=1,
+    growth_steps=(2, 10),
+    growth_rate=100,
+    growth_warm_s=0.05,
+    growth_window_s=0.2,
+    growth_open_s=5,
     limit_s=45,
 )
 
@@ -141,6 +157,8 @@ class Player:
     entrant: Entrant
     contestant: Contestant
     site: Site
+    keys: dict[str, str] = field(default_factory=dict)
+    """Headers that only the running server could give."""
     child: subprocess.Popen[bytes] | None = None
 
     @property
@@ -150,6 +168,10 @@ class Player:
 
 def label(name: str, kind: str) -> str:
     return name if kind == "plain" else f"{name}+{kind}"
+
+
+def growth_phase(streams: int) -> str:
+    return f"{streams} streams"
 
 
 def say(words: str) -> None:
@@ -262,11 +284,15 @@ class Run:
         wanted = [entrant for entrant in ENTRANTS if entrant.name in self._settings.entrants]
         for kind in self._settings.kinds:
             for entrant in wanted:
+                if kind not in entrant.kinds:
+                    continue
                 name = label(entrant.name, kind)
                 say(f"start-up: {name}")
                 try:
                     player = self._prepare(entrant, kind, name)
                     self._start(player)
+                    if player.contestant.once_ready is not None:
+                        player.keys = player.contestant.once_ready()
                     self._try_out(player)
                 except (Unavailable, ChildFailed) as error:
                     self.results.absent[name] = str(error)
@@ -332,10 +358,11 @@ class Run:
         return {
             "port": player.site.port,
             "model": player.contestant.model,
-            "headers": player.contestant.headers,
+            "headers": {**player.contestant.headers, **player.keys},
             "pid": player.child.pid,
             "upstream_pid": self._upstream.pid,
             "upstream_port": self._ports["plain"],
+            "rewrites": player.contestant.rewrites,
         }
 
     def _direct(self, kind: str) -> dict[str, Any]:
@@ -363,18 +390,25 @@ class Run:
         command: str,
         arguments: dict[str, Any],
     ) -> None:
-        result = self._ask(command, target, arguments, 120)
+        result = self._ask(command, target, arguments, ANSWER_WITHIN_S)
         self.results.windows.append({"phase": phase, "round": round_, "who": who, **result})
         if "failed" in result:
             say(f"  {who}: {result['failed']}")
 
     def _rounds(
-        self, phase: str, command: str, arguments: dict[str, Any], *, direct: bool, rounds: int
+        self,
+        phase: str,
+        command: str,
+        arguments: dict[str, Any],
+        *,
+        direct: bool,
+        rounds: int,
+        kinds: tuple[str, ...] | None = None,
     ) -> None:
         """One window each in turn, and again: what slows the machine slows neighbours alike."""
         for round_ in range(rounds):
             say(f"{phase}: round {round_ + 1} of {rounds}")
-            for kind in self._settings.kinds:
+            for kind in kinds or self._settings.kinds:
                 if direct:
                     who = label(DIRECT, kind)
                     self._window(phase, round_, who, self._direct(kind), command, arguments)
@@ -424,6 +458,21 @@ class Run:
         self._rounds("streams", "paced_streams", streams, direct=True, rounds=rounds)
         one_by_one = {"n": wanted.first_bytes}
         self._rounds("first byte", "first_bytes", one_by_one, direct=True, rounds=rounds)
+        calm = {**requests, "rate": wanted.calm_rate, "window_s": wanted.calm_window_s}
+        # The plain upstream alone from here on: TLS costs the same however many there are.
+        plain, often = wanted.kinds[:1], wanted.calm_rounds
+        self._rounds("calm requests", "requests", calm, direct=True, rounds=often, kinds=plain)
+        # Last, because it is what a proxy may not survive. One round: each step is a long window.
+        for streams in wanted.growth_steps:
+            growth = {
+                "streams": streams,
+                "rate": wanted.growth_rate,
+                "warm_s": wanted.growth_warm_s,
+                "window_s": wanted.growth_window_s,
+                "open_within_s": wanted.growth_open_s,
+            }
+            phase = growth_phase(streams)
+            self._rounds(phase, "many_streams", growth, direct=True, rounds=1, kinds=plain)
         self._rest("rest at end")
 
     def _rest(self, when: str) -> None:

@@ -29,6 +29,10 @@ _HEAD_SSE = (
 _ANSWER = _HEAD_JSON % len(wire.ANSWER) + wire.ANSWER
 
 
+Record = tuple[int, int, str, int, str]
+"""Events, bytes and their hash; words and the hash of the text that they make."""
+
+
 class Sent:
     """What each stream was sent, for the far end to compare: events, bytes and their hash.
 
@@ -37,11 +41,11 @@ class Sent:
     """
 
     def __init__(self) -> None:
-        self._streams: dict[int, tuple[int, int, str]] = {}
+        self._streams: dict[int, Record] = {}
         self.held = False
 
-    def record(self, stream_id: int, events: int, size: int, digest: str) -> None:
-        self._streams[stream_id] = (events, size, digest)
+    def record(self, stream_id: int, record: "Record") -> None:
+        self._streams[stream_id] = record
 
     def ask(self, url: bytes) -> bytes:
         """The load generator's own three requests, on the same port as everything else."""
@@ -67,8 +71,10 @@ class Stream:
         "_next",
         "_provider",
         "_size",
+        "_stamped",
         "_start",
         "_stream_id",
+        "_text",
         "_timer",
     )
 
@@ -78,7 +84,9 @@ class Stream:
         self._stream_id = int(knobs.get("stream_id", 0))
         self._n_events = int(knobs.get("n_events", 16))
         self._interval_s = float(knobs.get("interval_ms", 0)) / 1000
+        self._stamped = bool(knobs.get("stamped"))
         self._digest = hashlib.sha256()
+        self._text = hashlib.sha256()
         self._size = 0
         self._next = 0
         self._start = self._loop.time()
@@ -91,7 +99,7 @@ class Stream:
             self._tick()
         else:
             for index in range(self._n_events):
-                self._send(wire.word_event(index, time.monotonic_ns()))
+                self._word(index)
             self._next = self._n_events
             self._finish()
 
@@ -104,8 +112,14 @@ class Stream:
         self._size += len(event)
         self._provider.write(b"%x\r\n%b\r\n" % (len(event), event))
 
+    def _word(self, index: int) -> None:
+        now_ns = time.monotonic_ns()
+        if self._stamped:
+            self._text.update(wire.stamped_word(now_ns))
+        self._send(wire.word_event(index, now_ns, stamped=self._stamped))
+
     def _tick(self) -> None:
-        self._send(wire.word_event(self._next, time.monotonic_ns()))
+        self._word(self._next)
         self._next += 1
         if self._next < self._n_events or self._provider.sent.held:
             # Counted from the start, so that a late tick is made up for and the rate holds.
@@ -120,7 +134,10 @@ class Stream:
         self._send(wire.DONE)
         # Recorded before the last byte leaves: whoever has the whole stream may ask at once.
         events = wire.events_total(self._next)
-        self._provider.sent.record(self._stream_id, events, self._size, self._digest.hexdigest())
+        self._provider.sent.record(
+            self._stream_id,
+            (events, self._size, self._digest.hexdigest(), self._next, self._text.hexdigest()),
+        )
         self._provider.write(b"0\r\n\r\n")
         self._provider.stream = None
 
@@ -172,9 +189,8 @@ class Provider(asyncio.Protocol):
             answer = self.sent.ask(self._url)
             self.write(_HEAD_JSON % len(answer) + answer)
             return
-        body = b"".join(self._body)
-        knobs = orjson.loads(body) if body else {}
-        if knobs.get("stream"):
+        knobs = wire.knobs_of(b"".join(self._body))
+        if knobs is not None:
             self.stream = Stream(self, knobs)
         else:
             self.write(_ANSWER)

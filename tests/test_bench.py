@@ -8,15 +8,20 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import orjson
 import pytest
 
-from bench import probes, wire
+from bench import peers, probes, wire
 from bench.admin import run as admin_bench
+from bench.cells import Table, ratios
 from bench.children import ROOT, ChildFailed, Children, Talker
-from bench.load import quantiles
-from bench.report import Table, ratios, remarks, render
-from bench.run import SMOKE, Results
+from bench.entrant import Site, Unavailable
+from bench.growth import breakage
+from bench.links import quantiles
+from bench.report import remarks, render
+from bench.run import SMOKE, Results, growth_phase
 
 # Burns CPU in a thread that ends and in a child of its own, then tells what it has used itself.
 _BURNER = """
@@ -89,7 +94,8 @@ def test_a_small_run_measures_the_naive_proxy_and_loses_nothing(tmp_path: Path) 
     assert results["absent"] == {}
     by_phase = {window["phase"]: window for window in results["windows"]}
     assert by_phase.keys() == {
-        *("held streams", "requests", "paced requests", "streams", "first byte")
+        *("held streams", "requests", "paced requests", "streams", "first byte", "calm requests"),
+        *map(growth_phase, SMOKE.growth_steps),
     }
     for window in results["windows"]:
         assert "failed" not in window and not window.get("errors")
@@ -137,6 +143,59 @@ def test_a_request_has_the_size_the_report_states_whatever_it_asks_for() -> None
     assert wire.stamp(wire.DONE) is None
 
 
+def test_a_rewritten_answer_is_judged_by_what_it_says() -> None:
+    rewritten = orjson.dumps({"id": "other", **orjson.loads(wire.ANSWER), "extra": None})
+    assert wire.complaint_of_bytes(rewritten) and not wire.complaint_of_meaning(rewritten)
+    for changed in (rewritten.replace(b"invoice", b"bill"), b"{}", b"no JSON"):
+        assert wire.complaint_of_meaning(changed)
+
+
+def test_a_stamped_word_survives_whoever_writes_the_event_anew() -> None:
+    event = wire.word_event(0, 123456789, stamped=True)
+    anew = orjson.loads(event.removeprefix(b"data: "))
+    del anew["obfuscation"]
+    rewritten = b"data: " + json.dumps(anew).encode()
+    assert wire.stamp(rewritten) == wire.stamp(event) == 123456789
+    assert wire.text_of(rewritten) == wire.stamped_word(123456789)
+    assert wire.text_of(wire.DONE) == wire.text_of(wire.usage_event(3)) == b""
+
+
+def _step(**changed: Any) -> dict[str, Any]:
+    return {
+        **{"streams": 10, "still_open": 10, "events": 100, "rate": 100.0, "rate_asked": 100.0},
+        **{"wall_s": 1.0, "verdict": {"whole": 10, "errors": {}}},
+        **changed,
+    }
+
+
+@pytest.mark.parametrize(
+    ("window", "why"),
+    [
+        (_step(), ""),
+        (_step(events=98), ""),
+        (_step(still_open=7), "only 7 of 10 streams were open"),
+        (_step(events=60, rate=60.0), "only 60% of the events came in time"),
+        (_step(verdict={"whole": 9, "errors": {"cut": 1}}), "1 streams were not whole"),
+        ({"failed": "TimeoutError"}, "the window failed"),
+    ],
+)
+def test_a_number_of_streams_that_was_not_carried_is_called_broken(
+    window: dict[str, Any], why: str
+) -> None:
+    assert breakage(window).startswith(why) and bool(breakage(window)) == bool(why)
+
+
+def test_a_gateway_that_is_not_installed_is_left_out_with_the_way_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "HOME", tmp_path)
+    site = Site(tmp_path, 1, 2, None)
+    for entrant in peers.ENTRANTS:
+        with pytest.raises(Unavailable, match=f"bench.peers install {entrant.name}|node is not"):
+            entrant.prepare(site)
+        assert entrant.version()[0].isdigit()
+
+
 def test_ratios_are_formed_within_a_round_and_only_where_both_took_part() -> None:
     results = Results(SMOKE)
     for round_, mine, theirs in ((0, 20, 10), (1, 90, 30), (2, 50, None)):
@@ -175,7 +234,7 @@ def test_a_run_in_which_nobody_took_part_still_makes_a_report() -> None:
 def test_tables_are_aligned_and_quantiles_are_values_that_occurred() -> None:
     lines = str(Table("T", "words", ["a", "b"], [["long name", "1"]])).splitlines()[4:]
     assert len({len(line) for line in lines}) == 1
-    assert quantiles([3, 1, 2]) == {"p50": 2, "p99": 3, "max": 3, "count": 3}
+    assert quantiles([3, 1, 2]) == {"p50": 2, "p99": 3, "p999": 3, "max": 3, "count": 3}
     assert quantiles([]) == {}
 
 
