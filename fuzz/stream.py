@@ -44,5 +44,5 @@ def run(api: int, pieces: list[bytes]) -> tuple[bytes, tuple[object, ...]]:
     out.append(stream.finish())
     meter = stream.meter
     orjson.dumps(stream.error, default=str, option=orjson.OPT_NON_STR_KEYS)
-    said = (repr(stream.error), stream.done, stream.complete, stream.committed, stream.events)
+    said = (repr(stream.error), stream.done, stream.complete, stream.committed)
     return b"".join(out), (*said, meter.counted(), repr(meter.usage), meter.unparsed_bytes)

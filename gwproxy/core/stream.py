@@ -113,15 +113,9 @@ class EventStream:
         """Read `chunk` and return what may leave now (often the same object)."""
         # One whole event in one segment is what upstreams send nearly always.
         if not self._held and not self._part_sent:
-            start = 0
-            if chunk.startswith(b"event: ") and not chunk.startswith(b"error", 7):
-                start = chunk.find(b"\n") + 1
-            if (
-                chunk.startswith(b"data: ", start)
-                and chunk.find(b"\n", start) == len(chunk) - 2
-                and chunk.endswith(b"\n\n")
-            ):
-                return chunk if self._event(chunk[start + 6 : -2]) else self._take_instead()
+            start = 6 if chunk.startswith(b"data: ") else _after_name(chunk)
+            if start and chunk.find(b"\n", start) == len(chunk) - 2 and chunk.endswith(b"\n\n"):
+                return chunk if self._event(chunk[start:-2]) else self._take_instead()
         return self._feed_any(chunk)
 
     def finish(self) -> bytes:
@@ -225,6 +219,16 @@ class ChatStream(EventStream):
 
     def error_event(self, error: GatewayError) -> bytes:
         return b"data: %b\n\n" % orjson.dumps(error.envelope())
+
+
+def _after_name(chunk: bytes) -> int:
+    """Where the value of the data line begins that follows an event's name; 0 where none does, and
+    where the name is an error's, which is looked at closer."""
+    if chunk.startswith(b"event: ") and not chunk.startswith(b"error", 7):
+        line = chunk.find(b"\n") + 1
+        if chunk.startswith(b"data: ", line):
+            return line + 6
+    return 0
 
 
 UNREADABLE = object()

@@ -222,11 +222,10 @@ class Relay:
         return True
 
     def _write(self, data: bytes) -> None:
+        transport = self._transport
         # uvloop raises on a write to a transport that is closing.
-        if not self._transport.is_closing():
-            if self._chunked:
-                data = b"%x\r\n%b\r\n" % (len(data), data)
-            self._transport.write(data)
+        if not transport.is_closing():
+            transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
     def _rouse(self) -> None:
         if not self._wake.done():

@@ -174,7 +174,8 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self._deliver()
+            if self._body:
+                self._deliver(self._body)
             if self._complete:
                 # The answer is whole; what follows it answers nothing.
                 self._keep_alive = False
@@ -182,8 +183,9 @@ class Connection(asyncio.Protocol):
             else:
                 self.fail(TRUNCATED if self._head_done else GARBAGE)
             return
-        if self._body:
-            self._deliver()
+        pieces = self._body
+        if pieces:
+            self._deliver(pieces)
         elif self._head_bytes > HEAD_LIMIT:
             # A head without an end, or the trailer of a body.
             self.fail(TRUNCATED if self._head_done else GARBAGE)
@@ -212,14 +214,14 @@ class Connection(asyncio.Protocol):
             soon = self._pool.now() - self._sent_at < STALE_WITHIN_S
             exchange.on_end(STALE if self._reused and soon else RESET)
 
-    def _deliver(self) -> None:
-        pieces = self._body
-        if pieces:
-            self._head_bytes = 0
-            body = pieces.pop() if len(pieces) == 1 else b"".join(pieces)
-            pieces.clear()
-            if self.exchange is not None:
-                self.exchange.on_body(body)
+    def _deliver(self, pieces: list[bytes]) -> None:
+        """What came of the body in one go, in one."""
+        self._head_bytes = 0
+        body = pieces.pop() if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
+        exchange = self.exchange
+        if exchange is not None:
+            exchange.on_body(body)
 
     def _end(self) -> None:
         exchange = self.exchange
