@@ -85,7 +85,7 @@ def test_requests_of_the_last_minute_count() -> None:
 
 def test_what_was_open_counts_what_it_may_use_until_its_settlement_is_seen() -> None:
     state = State()
-    state.holds[4] = Hold(reserve(4, 9_000))
+    state.holds[4] = Hold.of(reserve(4, 9_000))
     desk = Desk(tpm=200)
     desk.lately.stored([], state)
     desk.lately.saw(reserve(5, 5_000))

@@ -112,7 +112,8 @@ class OutputLengths:
     def observe(self, key_id: str, model: str, tokens: int) -> None:
         """An answer that came to its own end had so many tokens, its reasoning included. One that
         was cut is none: holds that are too low would teach themselves."""
-        tokens = min(max(tokens, 0), MOST_TOKENS)
+        if not 0 <= tokens <= MOST_TOKENS:
+            tokens = min(max(tokens, 0), MOST_TOKENS)
         _touched(self._pairs, (key_id, model), MOST_PAIRS, _Lengths).add(tokens)
         _touched(self._models, model, MOST_MODELS, _Lengths).add(tokens)
 

@@ -6,7 +6,7 @@ changes a balance. Amounts are nano-USD.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import msgspec
 
@@ -60,20 +60,23 @@ class Balance:
         return self.spent, self.credited, self.count, self.held
 
 
-class Hold:
+class Hold(msgspec.Struct, eq=False, gc=False):
     """An open reservation."""
 
-    __slots__ = ("attempt", "hidden", "holds", "mark", "reserve", "tokens")
+    reserve: Reserve
+    holds: tuple[Held, ...]
+    """As they stand now."""
+    hidden: bool
+    attempt: Attempt | None = None
+    """The record of the attempt under way, where it is not the first."""
+    mark: int | None = None
+    """No more than this has been relayed, in nano-USD; None: nothing was said yet."""
+    tokens: int = 0
 
-    def __init__(self, reserve: Reserve) -> None:
-        self.reserve = reserve
-        self.holds = reserve.holds
-        self.hidden = reserve.hidden
-        self.attempt: Attempt | None = None
-        """The record of the attempt under way, where it is not the first."""
-        self.mark: int | None = None
-        """No more than this has been relayed, in nano-USD; None: nothing was said yet."""
-        self.tokens = 0
+    @classmethod
+    def of(cls, reserve: Reserve) -> Self:
+        """As it begins."""
+        return cls(reserve, reserve.holds, reserve.hidden)
 
     @property
     def amount(self) -> int:
@@ -238,7 +241,7 @@ def apply(state: State, record: AnyRecord) -> Touched:
 
 
 def _reserve(state: State, record: Reserve) -> Touched:
-    hold = state.holds[record.lsn] = Hold(record)
+    hold = state.holds[record.lsn] = Hold(record, record.holds, record.hidden)
     balances = state.balances
     for held in record.holds:
         key = (held.account, held.period)

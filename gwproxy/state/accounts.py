@@ -238,6 +238,8 @@ def figures(state: State, account: Account) -> Figures:
 
 def tightest(state: State, accounts: tuple[Account, ...]) -> Figures:
     """How the account with the least remaining stands; without any limit, the user's own."""
+    if len(accounts) == 1:
+        return figures(state, accounts[0])
     least, found = None, accounts[min(1, len(accounts) - 1)]
     for account in accounts:
         limit = account.limit

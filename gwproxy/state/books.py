@@ -119,17 +119,17 @@ class Books:
         if room is not None and dearest * NEGLIGIBLE > room:
             counted = await self._counted(request)
         priced = []
-        declared = request.max_output_tokens is not None
+        declared = request.max_output_tokens
         for candidate, rate in rated:
             model = candidate.model
             prompt_factor = self._factors.prompts.per_mille(model)
             ask = Ask(
                 prompt=bound if counted is None else request.held_prompt(counted, prompt_factor),
-                declared=request.max_output_tokens,
+                declared=declared,
                 choices=request.choices,
                 stream=request.stream,
                 hidden=rate.hides_reasoning or request.thinks,
-                learned=None if declared else self._lengths.p95(principal.key_id, model),
+                learned=self._lengths.p95(principal.key_id, model) if declared is None else None,
             )
             answer_factor = self._factors.answers.per_mille(model)
             priced.append(Priced(candidate, rate, ask, answer_factor, prompt_factor))
@@ -180,7 +180,7 @@ class Books:
 
         chain: list[Planned] = []
         amount = 0
-        edits = [*trace.skipped, *quote.request.edits]
+        edits = trace.skipped + quote.request.edits
         refused: tuple[tuple[Account, ...], Short] | None = None
         for priced in quote.priced:
             provider = priced.candidate.provider.name
@@ -202,7 +202,7 @@ class Books:
                 # A provider's budget is the reason only where it is that of every candidate.
                 if refused is None or (accounts is own and refused[0] is not own):
                     refused = (accounts, found)
-                edits.append(str(Skip(provider, OVER_BUDGET)))
+                edits += (str(Skip(provider, OVER_BUDGET)),)
                 self._metrics.skipped(provider, OVER_BUDGET).value += 1
             else:
                 chain.append(Planned(priced, found))
@@ -224,7 +224,7 @@ class Books:
         first = chain[0]
         candidate, lowered = first.priced.candidate, first.plan.lowered
         if lowered is not None:
-            edits.append(f"{quote.request.maximum_field(candidate)}={lowered}")
+            edits += (f"{quote.request.maximum_field(candidate)}={lowered}",)
         record = Reserve(
             lsn=state.lsn + 1,
             t=now_ms,
@@ -240,7 +240,7 @@ class Books:
             stream=quote.request.stream,
             hidden=first.priced.ask.hidden,
             degraded=degraded,
-            edits=tuple(edits),
+            edits=edits,
         )
         try:
             ledger.post(record)
@@ -258,11 +258,12 @@ class Books:
             principal,
             quote,
             chain,
+            first.plan,
             rates,
             month_and_day,
             record.lsn,
             trace,
-            degraded=degraded,
+            degraded,
         )
 
     def _assert_open(self, organization: Organization) -> None:
@@ -302,8 +303,10 @@ class Books:
         if overrun:
             metrics.overruns.value += 1
         if spent:
-            # Where the settlement is owed, this comes after it.
-            self.ledger.must(lambda: self._alert(reservation))
+            if self.ledger.owes:  # this settlement too
+                self.ledger.must(lambda: self._alert(reservation))
+            else:
+                self._alert(reservation)
 
     def _learn(self, reservation: Reservation, spent: Spent) -> None:
         """From an answer that came to its own end: one that was cut says nothing of its like."""

@@ -9,10 +9,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, TypedDict
 
+from msgspec.structs import replace
+
 from gwproxy.core.errors import StorageUnavailable
 from gwproxy.core.ledger import Key, Request, State, Touched, admitted, apply
 from gwproxy.core.period import periods
-from gwproxy.core.records import Adjust, AnyRecord, Settle, encode
+from gwproxy.core.records import NO_TOKENS, Adjust, AnyRecord, Settle, encode
 from gwproxy.storage.journal import Journal, NotWritten, OutcomeUnknown
 
 SETTLEMENT_ROOM_BYTES: Final = 8 * 1024
@@ -135,7 +137,7 @@ class Ledger:
         self.state = state
         self.journal = journal
         self._clock = clock
-        self._owed: deque[Callable[[], None]] = deque()
+        self._owed: deque[Callable[[], object]] = deque()
         self.recent = Recent() if recent is None else recent
         self.since = ""
         """Balances of earlier months are not in memory, unless they were fetched."""
@@ -210,7 +212,7 @@ class Ledger:
     def owes(self) -> int:
         return len(self._owed)
 
-    def must(self, record: Callable[[], None]) -> None:
+    def must(self, record: Callable[[], object]) -> None:
         """Do what posts a record that cannot be left out; where it fails, as soon as it can be.
 
         After RecordUncertain the record counts, so it is not made a second time.
@@ -224,6 +226,19 @@ class Ledger:
             except NotRecorded:
                 pass
         self._owed.append(record)
+
+    def settle(self, record: Settle) -> None:
+        """Post the end of a reservation, which cannot be left out: see `must`."""
+        if not self._owed:
+            try:
+                self.post(record)
+                return
+            except RecordUncertain:
+                return
+            except NotRecorded:
+                pass
+        # By then it has another number and time.
+        self._owed.append(lambda: self.post(replace(record, **self.stamp())))
 
     def pay(self) -> None:
         """Record what is owed, in its order; StorageUnavailable when some of it is left."""
@@ -239,19 +254,16 @@ class Ledger:
     def void(self, reservation: int) -> None:
         """Take back a reservation of which nothing was sent."""
 
-        def record() -> None:
-            self.post(
-                Settle(
-                    **self.stamp(),
-                    r=reservation,
-                    cost=0,
-                    tokens=(0, 0, 0, 0, 0),
-                    source="counted",
-                    outcome="void",
-                )
+        self.settle(
+            Settle(
+                **self.stamp(),
+                r=reservation,
+                cost=0,
+                tokens=NO_TOKENS,
+                source="counted",
+                outcome="void",
             )
-
-        self.must(record)
+        )
 
     def recover(self) -> int:
         """Settle the reservations that nobody owns: those of the process before. How many."""

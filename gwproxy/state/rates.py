@@ -75,6 +75,8 @@ class Admission:
         What was reserved too much is given back where it was counted; what was used beyond counts
         from now on, when it has become known.
         """
+        if not self._parts:
+            return
         parts, self._parts = self._parts, ()
         excess = tokens - self._tokens
         for limit, counter, _, reserved in parts:

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Final, Self
 
 import msgspec
+from msgspec.structs import astuple
 
 from gwproxy.core.errors import GatewayError
 from gwproxy.core.holds import Ask, Plan, Short, plan, step
@@ -23,6 +24,7 @@ from gwproxy.core.records import NO_TOKENS, Attempt, Held, Mark, Rates, Settle, 
 from gwproxy.core.request import ModelRequest
 from gwproxy.core.routing import Candidate
 from gwproxy.core.tokens import scale
+from gwproxy.core.trace import Attempt as Trial
 from gwproxy.core.trace import Trace
 from gwproxy.core.usage import Usage
 from gwproxy.state.accounts import Accounts, Figures, Payer, tightest
@@ -119,73 +121,37 @@ class Spent(msgspec.Struct, frozen=True):
         return f"provider:{self.priced.candidate.provider.name}"
 
 
-class Reservation:
+class Reservation(msgspec.Struct, eq=False):
     """One admitted request. Leaving its `with` settles whatever was metered, once."""
 
-    __slots__ = (
-        "_desk",
-        "_fits",
-        "_priced",
-        "_settled",
-        "_spent",
-        "_stage",
-        "_status",
-        "cached",
-        "chain",
-        "degraded",
-        "lsn",
-        "mark",
-        "meter",
-        "notes",
-        "outcome",
-        "periods",
-        "plan",
-        "principal",
-        "quote",
-        "rates",
-        "scarce",
-        "trace",
-    )
-
-    def __init__(
-        self,
-        desk: Desk,
-        principal: Principal,
-        quote: Quote,
-        chain: list[Planned],
-        rates: Admission,
-        periods: tuple[str, str],
-        lsn: int,
-        trace: Trace,
-        *,
-        degraded: bool,
-    ) -> None:
-        self._desk = desk
-        self._priced: Priced | None = None
-        self._stage = _Stage.NOT_SENT
-        self._settled = False
-        self._status = 200
-        self._spent: list[Spent] = []  # by attempts that were sent and never answered
-        self._fits = _NEVER
-        self.principal = principal
-        self.quote = quote
-        self.chain = chain
-        self.plan = chain[0].plan
-        self.rates = rates
-        self.periods = periods
-        self.lsn = lsn
-        self.degraded = degraded
-        self.trace = trace
-        self.meter: Meter | None = None
-        self.mark = 0
-        """So many tokens may be relayed as it stands; before any more, `extend` is asked."""
-        self.scarce = False
-        """The end of what is held is near: of several events at once some may fit and some not."""
-        self.outcome: Outcome | None = None
-        self.cached = False
-        """The upstream answered from its own cache, for which it charges nothing."""
-        self.notes: tuple[str, ...] = ()
-        """For the receipt: what has to be said beside the figures."""
+    _desk: Desk
+    principal: Principal
+    quote: Quote
+    chain: list[Planned]
+    plan: Plan
+    """Of the attempt under way, or of the first."""
+    rates: Admission
+    periods: tuple[str, str]
+    lsn: int
+    trace: Trace
+    degraded: bool
+    meter: Meter | None = None
+    mark: int = 0
+    """So many tokens may be relayed as it stands; before any more, `extend` is asked."""
+    scarce: bool = False
+    """The end of what is held is near: of several events at once some may fit and some not."""
+    outcome: Outcome | None = None
+    cached: bool = False
+    """The upstream answered from its own cache, for which it charges nothing."""
+    notes: tuple[str, ...] = ()
+    """For the receipt: what has to be said beside the figures."""
+    _priced: Priced | None = None
+    _stage: _Stage = _Stage.NOT_SENT
+    _settled: bool = False
+    _status: int = 200
+    _spent: list[Spent] = []
+    """By attempts that were sent and never answered, and in the end by the one that was."""
+    _fits: int = _NEVER
 
     async def __aenter__(self) -> Self:
         try:
@@ -368,8 +334,7 @@ class Reservation:
         self._settled = True
         trace, ledger, spent = self.trace, self._desk.ledger, self._spent
         if self._stage is not _Stage.NOT_SENT:
-            usage, source = self._measure()
-            self._spend(usage, source)
+            self._spend(*self._measure())
         cost, tokens = 0, NO_TOKENS
         for each in spent:
             # One attempt is all that nearly every request has.
@@ -381,9 +346,8 @@ class Reservation:
         trace.price_version = self.quote.price_version
         trace.tokens = tokens
 
-        lsn, status = self.lsn, self._status
-        overrun = max(0, cost - self._hold().amount)
-        source, log_id = trace.source, trace.log_id
+        state, lsn = ledger.state, self.lsn
+        overrun = max(0, cost - state.holds[lsn].holds[0].hold)
         rates: Rates | None = None
         notes = self.notes
         if self.cached:
@@ -391,60 +355,36 @@ class Reservation:
             notes += ("answered by the upstream's cache, which costs nothing",)
         elif len(spent) == 1:
             rates = spent[0].tier.rates
-        attempts = tuple(
-            [
-                Tried(
-                    each.provider,
-                    each.model,
-                    each.status,
-                    each.error_type,
-                    each.reason,
-                    int(each.duration_s * 1000),
-                    each.cost,
-                )
-                for each in trace.attempts
-            ]
-        )
-
-        def record() -> None:
-            ledger.post(
-                Settle(
-                    lsn=ledger.state.lsn + 1,
-                    t=ledger.now_ms(),
-                    synced=ledger.journal.synced,
-                    r=lsn,
-                    cost=cost,
-                    tokens=tokens,
-                    source=source,
-                    outcome=outcome,
-                    attempts=attempts,
-                    overrun=overrun,
-                    status=status,
-                    log_id=log_id,
-                    rates=rates,
-                    notes=notes,
-                )
+        ledger.settle(
+            Settle(
+                lsn=state.lsn + 1,
+                t=ledger.now_ms(),
+                synced=ledger.journal.synced,
+                r=lsn,
+                cost=cost,
+                tokens=tokens,
+                source=trace.source,
+                outcome=outcome,
+                attempts=tuple([_tried(each) for each in trace.attempts]),
+                overrun=overrun,
+                status=self._status,
+                log_id=trace.log_id,
+                rates=rates,
+                notes=notes,
             )
-
-        ledger.must(record)
-        self.rates.finish(tokens[0] + tokens[1] + tokens[2] + tokens[3])
+        )
+        self.rates.finish(sum(tokens[:4]))
         self._desk.settled(self, spent, overrun)
 
     def _spend(self, usage: Usage, source: str) -> None:
         priced = self._priced
         assert priced is not None, "an attempt that was sent has a candidate"
         tier = priced.rate.tier(usage.input_total)
-        tokens = (
-            usage.input,
-            usage.cache_read,
-            usage.cache_write,
-            usage.output,
-            usage.reasoning,
-        )
         cost = 0 if self.cached else tier.cost(usage)
-        self._spent.append(Spent(priced, usage, tokens, tier, source, cost))
-        if self.trace.attempts:
-            self.trace.attempts[-1].cost += cost
+        self._spent.append(Spent(priced, usage, astuple(usage), tier, source, cost))
+        attempts = self.trace.attempts
+        if attempts:
+            attempts[-1].cost += cost
 
     def _measure(self) -> tuple[Usage, str]:
         """What the attempt under way has consumed, and who says so."""
@@ -585,6 +525,18 @@ def _held_on(hold: Hold, account: Account) -> int:
         if held.account == account.name and held.period == account.period:
             return held.hold
     return 0
+
+
+def _tried(attempt: Trial) -> Tried:
+    return Tried(
+        attempt.provider,
+        attempt.model,
+        attempt.status,
+        attempt.error_type,
+        attempt.reason,
+        int(attempt.duration_s * 1000),
+        attempt.cost,
+    )
 
 
 def _units(output: int | None, factor: int) -> int:

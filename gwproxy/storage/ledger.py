@@ -304,7 +304,7 @@ _read_holds: Final = msgspec.json.Decoder(tuple[Held, ...]).decode
 
 
 def _hold(reserve: str, attempt: str | None, holds: str, mark: int | None, tokens: int) -> Hold:
-    hold = Hold(_read_reserve(reserve))
+    hold = Hold.of(_read_reserve(reserve))
     hold.holds = _read_holds(holds)
     if attempt is not None:
         hold.attempt = _read_attempt(attempt)
