@@ -283,14 +283,15 @@ def _settle(state: State, record: Settle) -> Touched:
 
 def _charges(record: Settle, hold: Hold) -> Iterator[Entry]:
     """The lines of a settlement: what was above the hold stands on one of its own."""
+    lsn, reservation = record.lsn, record.r
     for held in hold.holds:
         amount = _cost_on(held, hold, record)
-        over = max(0, amount - held.hold)
-        line = (record.lsn, record.r, held.account, held.period)
-        if over:
-            yield Entry(*line, "overrun", over)
-        if amount - over:
-            yield Entry(*line, "settle", amount - over)
+        if amount > held.hold:
+            over = amount - held.hold
+            yield Entry(lsn, reservation, held.account, held.period, "overrun", over)
+            amount = held.hold
+        if amount:
+            yield Entry(lsn, reservation, held.account, held.period, "settle", amount)
 
 
 def _adjust(state: State, record: Adjust) -> Touched:
