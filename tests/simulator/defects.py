@@ -77,11 +77,11 @@ def _instead(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
 def _(stack: ExitStack) -> None:
     fresh, seen = books.left, {}
 
-    def stale(state: Any, accounts: Any) -> int | None:
+    def stale(state: Any, accounts: Any, least: int | None = None) -> int | None:
         names = tuple((each.name, each.period) for each in accounts)
         before = seen.get(names, fresh(state, accounts))
         seen[names] = fresh(state, accounts)
-        return before
+        return least if before is None or (least is not None and least < before) else before
 
     _instead(stack, books, "left", stale)
 
