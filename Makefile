@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: run test check fuzz bench lock clean
+.PHONY: run test check fuzz audit sbom bench lock clean
 
 run: $(VENV)/.runtime            ## the gateway with its built-in demo upstream: no account, no configuration
 	@$(BIN)/python -m gwproxy demo
@@ -22,6 +22,16 @@ fuzz: $(VENV)/.dev               ## every fuzz target for SECONDS_EACH (60): wha
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-fuzz.txt
 	$(BIN)/python -m fuzz --seconds $(SECONDS_EACH)
 
+AUDIT := .venv-audit
+
+audit: $(AUDIT)/.done            ## known vulnerabilities of what is pinned; ends with 3 where nobody could be asked
+	@$(AUDIT)/bin/python .ci/audit.py $(AUDIT)/bin/pip-audit || { code=$$?; echo "exit code $$code"; exit $$code; }
+
+sbom: $(AUDIT)/.done             ## sbom.json: what the package is made of, from the lock
+	@$(AUDIT)/bin/python -W ignore -m cyclonedx_py requirements requirements.txt --pyproject pyproject.toml \
+	    --output-reproducible --of JSON -o sbom.json
+	@echo written: sbom.json
+
 bench: $(VENV)/.dev              ## CPU, time and memory against nginx and other gateways, in one run
 	$(BIN)/python -m bench
 
@@ -33,6 +43,8 @@ lock: $(VENV)/.runtime           ## refresh both hash-pinned requirement files f
 	    --custom-compile-command "make lock" --upgrade -c requirements.txt --extra dev -o requirements-dev.txt pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate \
 	    --custom-compile-command "make lock" --upgrade --group fuzz -o requirements-fuzz.txt
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate \
+	    --custom-compile-command "make lock" --upgrade --group audit -o requirements-audit.txt
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -45,5 +57,10 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
 	@touch $@
 
+$(AUDIT)/.done: requirements-audit.txt
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-audit.txt
+	@touch $@
+
 clean:                           ## remove the environment and caches
-	rm -rf $(VENV) .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(AUDIT) sbom.json .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis

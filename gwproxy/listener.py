@@ -40,6 +40,10 @@ class Front(Protocol):
     def count_turned_away(self) -> None: ...
 
 
+class ParserRefused(Exception):
+    """There is no parser here that may face clients. The message says the cure."""
+
+
 class Listener(web.Server):
     """aiohttp's server with our protocol, a limit on connections, and time-outs."""
 
@@ -55,7 +59,7 @@ class Listener(web.Server):
     ) -> None:
         if HttpRequestParser is HttpRequestParserPy:
             # Smuggling holes of the past were in the parser written in Python.
-            raise RuntimeError(
+            raise ParserRefused(
                 "aiohttp runs without its C parser: install its wheel, unset AIOHTTP_NO_EXTENSIONS"
             )
         super().__init__(

@@ -12,6 +12,7 @@ from gwproxy.cli.plane import UNREACHABLE, Ask, Call, Stop, common_arguments, ru
 from gwproxy.cli.printing import print_json
 from gwproxy.config import Config, ConfigError, find_config, load
 from gwproxy.core.routing import CATALOGUE
+from gwproxy.listener import ParserRefused
 from gwproxy.log import Log
 from gwproxy.notify import Notify
 from gwproxy.storage.database import DatabaseRefused
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     notify = Notify(os.environ, os.getpid())
     try:
         unsettled = uvloop.run(serve(source, config, log, _announce, notify))
-    except (DatabaseRefused, JournalRefused, AssetError) as error:
+    except (DatabaseRefused, JournalRefused, AssetError, ParserRefused) as error:
         print(f"gwproxy: {error}", file=sys.stderr)
         return FAILED
     except OSError as error:
