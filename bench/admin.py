@@ -149,12 +149,13 @@ class Streams:
 
 
 class Administrator:
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, key: str = ADMIN_KEY) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_S)
+        self._key = key
         self.took: dict[str, list[float]] = defaultdict(list)
 
     def ask(self, name: str, method: str, path: str, body: object = None) -> Any:
-        headers = {"Authorization": f"Bearer {ADMIN_KEY}", "Content-Type": "application/json"}
+        headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
         sent = None if body is None else orjson.dumps(body)
         began = time.perf_counter()
         self._connection.request(method, f"/admin/{path}", sent, headers)
@@ -168,7 +169,7 @@ class Administrator:
     def load(self, rows: bytes) -> None:
         """Import them; the report of each is read and not looked at."""
         headers = {
-            "Authorization": f"Bearer {ADMIN_KEY}",
+            "Authorization": f"Bearer {self._key}",
             "Content-Type": "application/x-ndjson",
         }
         self._connection.request("POST", "/admin/import", rows, headers)

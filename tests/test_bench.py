@@ -3,10 +3,12 @@
 No figure of speed is checked here, because a busy machine would decide the outcome.
 """
 
+import asyncio
 import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,11 @@ from bench.growth import breakage
 from bench.links import quantiles
 from bench.report import remarks, render
 from bench.run import SMOKE, Results, growth_phase
+from bench.stalls import SMOKE as STALLS_SMOKE
+from bench.stalls import Late, Outcome, Phase
+from bench.stalls import report as stall_report
+from bench.stalls import run as stalls
+from bench.watched import watching
 
 # Burns CPU in a thread that ends and in a child of its own, then tells what it has used itself.
 _BURNER = """
@@ -183,6 +190,51 @@ def test_a_number_of_streams_that_was_not_carried_is_called_broken(
     window: dict[str, Any], why: str
 ) -> None:
     assert breakage(window).startswith(why) and bool(breakage(window)) == bool(why)
+
+
+def test_a_turn_that_comes_late_is_written_down_with_the_work_that_kept_it(tmp_path: Path) -> None:
+    async def busy() -> None:
+        await asyncio.sleep(0.02)
+        end = time.thread_time() + 0.05
+        while time.thread_time() < end:
+            pass
+        await asyncio.sleep(0.02)
+
+    seen = tmp_path / "turns"
+    began = time.monotonic()
+    with seen.open("wb") as out:
+        watching(busy(), out, stacks=True)
+    lines = [json.loads(line) for line in seen.read_bytes().splitlines()]
+    late = Late.between(lines, began, time.monotonic())
+    assert late.worked_ms > 45 and late.worst_ms > 45
+    longest = max(late.lines, key=lambda line: line["worked_ms"])
+    assert any("busy" in stack for stack in longest["stacks"])
+    assert Late.between(lines, began - 2, began - 1).worst_ms == 0
+
+
+def test_the_stalls_of_the_gateway_are_told_from_those_of_the_machine() -> None:
+    phases = [Phase("lists", 0.0, 1.0, "40 lists", 2, 1), Phase("scrapes", 1.0, 2.0, "5", 2, 0)]
+    gateway = [
+        {"t": 0.5, "late_ms": 25.0, "worked_ms": 12.0},
+        {"t": 1.5, "late_ms": 25.0, "worked_ms": 1.0},
+    ]
+    control = [
+        {"t": 0.5, "late_ms": 4.0, "worked_ms": 0.1},
+        {"t": 1.5, "late_ms": 20.0, "worked_ms": 0.1},
+    ]
+    text = stall_report(Outcome(STALLS_SMOKE, phases, gateway, control, 20, 1 << 20, {"whole": 20}))
+    assert "| lists: 40 lists | 25.0 | 4.0 | 21.0 | 1 | 12.0 | 2, 1 |" in text
+    assert "| scrapes: 5 | 25.0 | 20.0 | 5.0 | 0 | 1.0 | 2, 0 |" in text
+    assert "later than allowed: 1 of 2" in text and "at a stretch: 1." in text
+
+
+@pytest.mark.slow
+def test_the_bench_of_stalls_works() -> None:
+    found = stalls(STALLS_SMOKE)
+    assert len(found.phases) == 7 and found.open_streams == STALLS_SMOKE.streams
+    assert found.whole["whole"] == STALLS_SMOKE.streams
+    assert sum(phase.ticks for phase in found.phases) > 0
+    assert "| all of it: " in stall_report(found)
 
 
 def test_a_gateway_that_is_not_installed_is_left_out_with_the_way_to_install_it(
