@@ -7,16 +7,16 @@ import orjson
 
 from gwproxy.core.api import Api, envelope
 from gwproxy.core.errors import GatewayError
-from gwproxy.core.meter import ERROR, FINISH, TEXT, TOOL, USAGE, Meter
-from gwproxy.core.stream import UNREADABLE, EventStream, parse_event
+from gwproxy.core.meter import ERROR, FINISH, TOOL
+from gwproxy.core.native_stream import NativeMeter, NativeStream
 from gwproxy.core.usage import Usage
 
 _TEXTS = {"text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json"}
 """The kinds of delta that the model has written, and where their text is."""
 
 
-class MessagesMeter(Meter):
-    """Counts each block's text as if it had been tokenised at once."""
+class MessagesMeter(NativeMeter):
+    """Counts each block's text."""
 
     __slots__ = ("partial",)
 
@@ -26,41 +26,27 @@ class MessagesMeter(Meter):
         super().__init__(count)
         self.partial = False
 
-    def observe_event(self, event: object) -> int:
-        """Reads one event of a stream and returns what was in it, as a sum of the meter's flags."""
-        if type(event) is not dict:
-            return 0
+    def _observe_object(self, event: dict[str, Any]) -> int:
         kind = event.get("type")
         if kind == "content_block_delta":
-            flags = self._observe_delta(event.get("index"), event.get("delta"))
-        elif kind == "content_block_start":
-            flags = self._observe_block(event.get("index"), event.get("content_block"))
-        elif kind == "message_delta":
+            return self._observe_delta(event.get("index"), event.get("delta"))
+        if kind == "content_block_start":
+            return self._observe_block(event.get("index"), event.get("content_block"))
+        if kind == "message_delta":
             self.partial = False
-            flags = FINISH | self._merge(event.get("usage"))
             self.finished = True
-        elif kind == "message_start":
-            message = event.get("message")
-            flags = self._merge(message.get("usage")) if type(message) is dict else 0
+            return FINISH | self._take_usage(event)
+        if kind == "message_start":
             self.partial = True  # its output tokens are those of its first words
-        elif kind == "error":
-            flags = ERROR
-        else:
-            flags = 0
-        if flags & (TEXT | TOOL):
-            self.has_output = True
-        return flags
+            return self._take_usage(event.get("message"))
+        return ERROR if kind == "error" else 0
 
-    def observe_answer(self, answer: object) -> int:
-        if type(answer) is not dict:
-            return 0
+    def _observe_output(self, answer: dict[str, Any]) -> int:
         flags = 0
         content = answer.get("content")
         for index, block in enumerate(content if type(content) is list else ()):
             flags |= self._observe_block(index, block)
-        if flags:
-            self.has_output = True
-        return flags | self._merge(answer.get("usage"))
+        return flags
 
     def _observe_delta(self, index: object, delta: object) -> int:
         if type(delta) is not dict:
@@ -83,39 +69,22 @@ class MessagesMeter(Meter):
             self._add_text((at, "partial_json"), block.get("input"))
         return flags
 
-    def _merge(self, usage: object) -> int:
+    def _keep_usage(self, usage: dict[str, Any]) -> None:
         """What was said before holds where a later object is silent; both are running totals."""
-        if not usage or type(usage) is not dict:
-            return 0
         said = {name: value for name, value in usage.items() if value is not None}
         self._usage = {**(self._usage or {}), **said}
-        return USAGE
 
 
-class MessagesStream(EventStream):
+class MessagesStream(NativeStream):
     """A stream in Anthropic's format."""
 
     __slots__ = ()
 
-    meter: MessagesMeter
-
-    def _event(self, payload: bytes) -> bool:
-        value = parse_event(payload)
-        if value is UNREADABLE:
-            self.meter.observe_unparsed(len(payload))
-            return True
-        flags = self.meter.observe_event(value)
-        if flags & (TEXT | TOOL | FINISH):
-            # Usage alone does not commit: it comes before the first word, and a provider that is
-            # overloaded says so after it.
-            self.committed = True
+    def _heed(self, event: Any, flags: int) -> None:
         if flags & ERROR:
-            self.error = value.get("error") or value
-        elif type(value) is dict and value.get("type") == "message_stop":
+            self.error = event.get("error") or event
+        elif event.get("type") == "message_stop":
             self.done = self.committed = True
-        elif not flags and self._is_foreign_error(value):
-            return False
-        return True
 
     def error_event(self, error: GatewayError) -> bytes:
         return _event("error", envelope(error, Api.MESSAGES, None))

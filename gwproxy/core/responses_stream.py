@@ -7,8 +7,8 @@ from typing import Any
 import orjson
 
 from gwproxy.core.errors import GatewayError
-from gwproxy.core.meter import ERROR, FINISH, TEXT, TOOL, USAGE, Meter
-from gwproxy.core.stream import UNREADABLE, EventStream, parse_event
+from gwproxy.core.meter import ERROR, FINISH, TOOL, Meter
+from gwproxy.core.native_stream import NativeMeter, NativeStream
 from gwproxy.core.usage import Usage
 
 _NO_TEXT = frozenset({"response.audio.delta"})
@@ -17,51 +17,33 @@ _NO_TEXT = frozenset({"response.audio.delta"})
 _PART_TEXTS = ("text", "refusal")
 
 
-class ResponsesMeter(Meter):
-    """Counts each part's text as if it had been tokenised at once."""
+class ResponsesMeter(NativeMeter):
+    """Counts the text of each part of each item."""
 
     __slots__ = ()
 
     normalise = staticmethod(Usage.from_responses)
 
-    def observe_event(self, event: object) -> int:
-        """Reads one event of a stream and returns what was in it, as a sum of the meter's flags."""
-        if type(event) is not dict:
-            return 0
+    def _observe_object(self, event: dict[str, Any]) -> int:
         kind = event.get("type")
         if type(kind) is not str:
             return 0
         if kind.endswith(".delta"):
-            flags = 0
-            if kind not in _NO_TEXT:
-                part = _number(event, "content_index") or _number(event, "summary_index")
-                key = (_number(event, "output_index"), kind, part)
-                flags = self._add_text(key, event.get("delta"))
-        elif kind == "response.output_item.added":
-            flags = self._observe_call(_number(event, "output_index"), event.get("item"))
-        elif kind in ("response.completed", "response.incomplete", "response.failed"):
+            if kind in _NO_TEXT:
+                return 0
+            part = _number(event, "content_index") or _number(event, "summary_index")
+            key = (_number(event, "output_index"), kind, part)
+            return self._add_text(key, event.get("delta"))
+        if kind == "response.output_item.added":
+            return self._observe_call(_number(event, "output_index"), event.get("item"))
+        if kind in ("response.completed", "response.incomplete", "response.failed"):
             flags = ERROR if kind == "response.failed" else FINISH
             self.finished = flags == FINISH
             response = event.get("response")
-            if type(response) is dict:
-                if not self.has_output:
-                    flags |= self._observe_output(response)  # a server that sends no deltas
-                flags |= self._take_usage(response)
-        elif kind == "error":
-            flags = ERROR
-        else:
-            flags = 0
-        if flags & (TEXT | TOOL):
-            self.has_output = True
-        return flags
-
-    def observe_answer(self, answer: object) -> int:
-        if type(answer) is not dict:
-            return 0
-        flags = self._observe_output(answer)
-        if flags:
-            self.has_output = True
-        return flags | self._take_usage(answer)
+            if type(response) is dict and not self.has_output:
+                flags |= self._observe_output(response)  # a server that sends no deltas
+            return flags | self._take_usage(response)
+        return ERROR if kind == "error" else 0
 
     def _observe_output(self, response: dict[str, Any]) -> int:
         flags = 0
@@ -86,20 +68,11 @@ class ResponsesMeter(Meter):
         self._add_text((index, "name"), item.get("name"))
         return TOOL
 
-    def _take_usage(self, response: dict[str, Any]) -> int:
-        usage = response.get("usage")
-        if not usage or type(usage) is not dict:
-            return 0
-        self._usage = usage
-        return USAGE
 
-
-class ResponsesStream(EventStream):
+class ResponsesStream(NativeStream):
     """A stream of a response's events, each of which has its number."""
 
     __slots__ = ("_number",)
-
-    meter: ResponsesMeter
 
     def __init__(self, meter: Meter) -> None:
         super().__init__(meter)
@@ -109,26 +82,18 @@ class ResponsesStream(EventStream):
         if payload == b"[DONE]":  # some servers cannot leave it
             self.done = self.committed = True
             return True
-        value = parse_event(payload)
-        if value is UNREADABLE:
-            self.meter.observe_unparsed(len(payload))
-            return True
-        flags = self.meter.observe_event(value)
-        if flags & (TEXT | TOOL | FINISH):
-            self.committed = True
+        return super()._event(payload)
+
+    def _heed(self, event: Any, flags: int) -> None:
+        number = event.get("sequence_number")
+        if type(number) is int:
+            self._number = number
         if flags & FINISH:
             self.done = True
-        elif not flags and self._is_foreign_error(value):
-            return False
-        if type(value) is dict:
-            number = value.get("sequence_number")
-            if type(number) is int:
-                self._number = number
-            if flags & ERROR:
-                response = value.get("response")
-                within = response.get("error") if type(response) is dict else None
-                self.error = within or value.get("error") or value
-        return True
+        elif flags & ERROR:
+            response = event.get("response")
+            within = response.get("error") if type(response) is dict else None
+            self.error = within or event.get("error") or event
 
     def error_event(self, error: GatewayError) -> bytes:
         said: dict[str, Any] = {
