@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sqlite3
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from gwproxy.core.ledger import Request, State, apply
 from gwproxy.core.period import periods
 from gwproxy.core.records import Adjust, Admin, Alert, Close, Mark, decode
 from gwproxy.storage import directory
+from gwproxy.storage import ledger as storage_ledger
 from gwproxy.storage.database import CHECKPOINT_BYTES, Database
 from gwproxy.storage.ledger import LOADED_MS, begin_epoch, load_state, read_mark, retry_after_s
 from gwproxy.storage.verify import verify
@@ -34,6 +36,7 @@ from tests.ledgers import (
     tables,
     truth,
 )
+from tests.scene import until
 
 moves = st.lists(
     st.tuples(st.sampled_from(MOVES), st.integers(0, 50), st.integers(0, 50)),
@@ -206,6 +209,37 @@ async def test_a_lock_held_from_outside_is_lost_after_five_seconds_and_not_befor
     assert await catch_up(writer) == 20
     assert place.heard[1:] == [("ok", "")]
     await assert_exact(place, tmp_path_factory.mktemp("truth"))
+
+
+async def test_while_the_process_itself_stood_still_nobody_waited_for_the_database(place):
+    writer = place.writer()
+    place.live.requests(10)
+    other = sqlite3.connect(place.path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    assert await writer.step() == 0
+    place.now += 31.0
+    writer.tick(30.0)
+    place.now += 3.9
+    writer.tick()
+    assert place.heard == []
+    place.now += 0.2
+    writer.tick()
+    assert place.heard == [("lost", "database is locked")]
+    other.close()
+
+
+async def test_a_loop_that_was_held_up_is_noticed(place, monkeypatch):
+    writer, stopping, late = place.writer(), asyncio.Event(), []
+    monkeypatch.setattr(storage_ledger, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(writer, "tick", late.append)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(writer.run(stopping))
+        await until(lambda: bool(late))
+        time.sleep(0.3)  # noqa: ASYNC251  nothing else runs meanwhile
+        seen = len(late)
+        await until(lambda: len(late) > seen)
+        stopping.set()
+    assert 0.2 < max(late) < 2
 
 
 async def test_slow_with_progress_is_not_lost(place):

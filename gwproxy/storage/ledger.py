@@ -797,8 +797,13 @@ class Writer:
 
     # -- the switch --------------------------------------------------------------------------------
 
-    def tick(self) -> None:
-        """Each second, also while a step is under way: look at the file and at the time."""
+    def tick(self, late_s: float = 0.0) -> None:
+        """Each second, also while a step is under way: look at the file and at the time.
+
+        For `late_s` before it this process did not run: that is no fault of the database.
+        """
+        if self._waiting_since is not None:
+            self._waiting_since += late_s
         self._look()
         fault = self._database.fault()
         if fault is not None:
@@ -852,8 +857,9 @@ class Writer:
 
         def tick() -> None:
             nonlocal timer
+            late_s = max(0.0, loop.time() - timer.when())
             timer = loop.call_later(LOOK_EVERY_S, tick)
-            self.tick()
+            self.tick(late_s)
             if stopping.is_set():
                 self.wake()
 
