@@ -394,6 +394,20 @@ async def test_no_proxy_of_the_environment_is_asked(
     await proxy.stop()
 
 
+async def test_no_cookie_of_the_management_api_is_kept(upstream: Upstream) -> None:
+    async def biscuit(wire: Wire, received: Received) -> None:
+        await wire.answer(b"{}", more="Set-Cookie: __cf_bm=tracked; Path=/\r\n")
+
+    upstream.script = biscuit
+    # A jar would take nothing from an address of numbers.
+    url = upstream.url.replace("127.0.0.1", "localhost")
+    async with session(None) as client:
+        for _ in range(2):
+            async with client.get(url) as answer:
+                assert answer.status == 200
+    assert [received.header("cookie") for received in upstream.received] == [None, None]
+
+
 async def test_nobody_else_may_read_a_file_of_a_running_gateway(
     start_gateway: StartGateway,
 ) -> None:

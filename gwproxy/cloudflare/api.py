@@ -57,6 +57,7 @@ async def session(ca_file: Path | None) -> AsyncIterator[aiohttp.ClientSession]:
         connector=connector,
         headers={"User-Agent": USER_AGENT},
         timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S),
+        cookie_jar=aiohttp.DummyCookieJar(),  # the token says who we are
     ) as made:
         yield made
 
