@@ -2,11 +2,13 @@
 
 import asyncio
 import random
+from itertools import pairwise
 
 import pytest
 from multidict import CIMultiDict
 
 from gwproxy.admin import auth as auth_module
+from gwproxy.admin import body as checked
 from gwproxy.admin.auth import AdminAuth
 from gwproxy.admin.routes import routes
 from gwproxy.core.errors import (
@@ -740,3 +742,42 @@ async def test_the_last_use_survives_a_restart_once_it_is_flushed(plane):
     assert (await reopened(plane)).use(created["key_id"]).at == START + 77
     await plane.directory.revoke_key("ann", created["key_id"])
     assert (await reopened(plane)).use(created["key_id"]).at == START + 77
+
+
+async def test_a_long_page_is_made_while_others_have_their_turn() -> None:
+    page = checked.MOST_PER_PAGE
+    made, seen = 0, []
+
+    def shape(row: int) -> int:
+        nonlocal made
+        made += 1
+        return -row
+
+    async def others() -> None:
+        while made < page:
+            seen.append(made)
+            await asyncio.sleep(0)
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(others())
+        shaped = group.create_task(checked.in_turns(range(page), shape))
+    assert shaped.result() == [-row for row in range(page)]
+    assert max(after - before for before, after in pairwise(seen)) <= page / 10
+
+
+async def test_a_list_that_changes_while_a_page_is_made_shows_no_row_twice() -> None:
+    rows = list(range(300))
+
+    def shape(row: int) -> int:
+        if rows[0] == 0:
+            rows.insert(0, -1)
+        return row
+
+    found = await checked.listing(
+        rows, checked.Page(limit=250), lambda row: row % 2 == 0, shape, lambda row: str(row)
+    )
+    assert found == ([row for row in range(300) if row % 2 == 0], None)
+    first = await checked.listing(
+        rows, checked.Page(limit=3), lambda row: True, abs, lambda row: str(row)
+    )
+    assert first == ([1, 0, 1], "1")

@@ -100,14 +100,17 @@ class AdminKeys:
         return Answer(CreatedAdminKey(admin_key=text, **self._shown(row)), row.version)
 
     async def list(self, ask: Ask, query: checked.Page) -> Answer:
-        def shown(row: identity.AdminKey) -> AdminKey | None:
-            gone = row.revoked_at is not None and not query.deleted
-            return None if gone else AdminKey(**self._shown(row))
+        def wanted(row: identity.AdminKey) -> bool:
+            return row.revoked_at is None or query.deleted
+
+        def shape(row: identity.AdminKey) -> AdminKey:
+            return AdminKey(**self._shown(row))
 
         rows = self._directory.keyring.admin_keys()
         if after := checked.cursor(query):
             rows = islice(dropwhile(lambda row: row.key_id != after, rows), 1, None)
-        return Answer(AdminKeyPage(*checked.listing(rows, query, shown, lambda row: row.key_id)))
+        page = await checked.listing(rows, query, wanted, shape, lambda row: row.key_id)
+        return Answer(AdminKeyPage(*page))
 
     async def show(self, ask: Ask, key_id: str, query: FoundQuery) -> Answer:
         row = self._directory.admin_key(key_id, deleted=query.deleted)

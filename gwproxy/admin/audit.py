@@ -100,7 +100,7 @@ class Audit:
         last = (shown[-1].lsn, shown[-1].place) if len(found) > query.limit else None
         return Answer(
             AuditPage(
-                data=[_line(each) for each in shown],
+                data=await checked.in_turns(shown, _line),
                 next_cursor=None if last is None else cursor_of(last),
                 as_of_lsn=reader.as_of_lsn,
             )

@@ -86,15 +86,18 @@ class Keys:
         return Answer(CreatedKey(api_key=text, **self._shown(row)), row.version)
 
     async def list(self, ask: Ask, user_id: str, query: checked.Page) -> Answer:
-        def shown(row: identity.ApiKey) -> Key | None:
-            gone = row.revoked_at is not None and not query.deleted
-            return None if gone else Key(**self._shown(row))
+        def wanted(row: identity.ApiKey) -> bool:
+            return row.revoked_at is None or query.deleted
+
+        def shape(row: identity.ApiKey) -> Key:
+            return Key(**self._shown(row))
 
         self._directory.user(user_id, deleted=query.deleted)
         rows = self._directory.keyring.keys_of(user_id)
         if after := checked.cursor(query):
             rows = islice(dropwhile(lambda row: row.key_id != after, rows), 1, None)
-        return Answer(KeyPage(*checked.listing(rows, query, shown, lambda row: row.key_id)))
+        page = await checked.listing(rows, query, wanted, shape, lambda row: row.key_id)
+        return Answer(KeyPage(*page))
 
     async def show(self, ask: Ask, user_id: str, key_id: str, query: checked.Shown) -> Answer:
         row = self._directory.key(user_id, key_id, deleted=query.deleted)

@@ -82,15 +82,13 @@ class Organizations:
         )
 
     async def list(self, ask: Ask, query: OrganizationQuery) -> Answer:
-        def shown(row: identity.Organization) -> Organization | None:
-            if row.deleted_at is not None and not query.deleted:
-                return None
-            return shape(row) if query.status in (None, row.status) else None
+        def wanted(row: identity.Organization) -> bool:
+            kept = row.deleted_at is None or query.deleted
+            return kept and query.status in (None, row.status)
 
         rows = self._directory.keyring.organizations_after(checked.cursor(query))
-        return Answer(
-            OrganizationPage(*checked.listing(rows, query, shown, lambda row: row.org_id))
-        )
+        page = await checked.listing(rows, query, wanted, shape, lambda row: row.org_id)
+        return Answer(OrganizationPage(*page))
 
     async def show(self, ask: Ask, org_id: str, query: checked.Shown) -> Answer:
         return _answer(self._directory.organization(org_id, deleted=query.deleted))

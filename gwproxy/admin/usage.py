@@ -307,7 +307,7 @@ class Usage:
             of_all = chosen == Chosen(days.first, days.last)
             if sent.group_by == "provider" and of_all:
                 attempted = await reports.attempted(reader, chosen)
-        data = [_group(row, columns) for row in rows]
+        data = await checked.in_turns(rows, lambda row: _group(row, columns))
         if of_all:
             await self._add_gateway(sent.group_by, data, days.first, days.last)
         for line in data:
@@ -361,7 +361,7 @@ class Usage:
             )
         return Answer(
             RequestPage(
-                data=[_line(each) for each in found],
+                data=await checked.in_turns(found, _line),
                 next_cursor=None if more is None else cursor_of([more]),
                 **self._freshness(reader.as_of_lsn),
             )

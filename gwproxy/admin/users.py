@@ -71,16 +71,17 @@ class Users:
     async def list(self, ask: Ask, query: UserQuery) -> Answer:
         if query.email is None:
             rows = self._directory.keyring.users_after(checked.cursor(query), query.org_id)
-            return _page(rows, query)
+            return await _page(rows, query)
         found = self._directory.keyring.user_with_email(query.email)
         if found is None or query.org_id not in (None, found.org_id):
             return Answer(UserPage([], None))
-        return _page([found], query)
+        return await _page([found], query)
 
     async def members(self, ask: Ask, org_id: str, query: MemberQuery) -> Answer:
         """The users of an organization."""
         self._directory.organization(org_id, deleted=query.deleted)
-        return _page(self._directory.keyring.users_after(checked.cursor(query), org_id), query)
+        rows = self._directory.keyring.users_after(checked.cursor(query), org_id)
+        return await _page(rows, query)
 
     async def show(self, ask: Ask, user_id: str, query: checked.Shown) -> Answer:
         return _answer(self._directory.user(user_id, deleted=query.deleted))
@@ -112,13 +113,13 @@ def fields(sent: UserChange) -> dict[str, Any]:
     return found
 
 
-def _page(rows: Iterable[identity.User], query: MemberQuery) -> Answer:
-    def shown(row: identity.User) -> User | None:
-        if row.deleted_at is not None and not query.deleted:
-            return None
-        return shape(row) if query.status in (None, row.status) else None
+async def _page(rows: Iterable[identity.User], query: MemberQuery) -> Answer:
+    def wanted(row: identity.User) -> bool:
+        kept = row.deleted_at is None or query.deleted
+        return kept and query.status in (None, row.status)
 
-    return Answer(UserPage(*checked.listing(rows, query, shown, lambda row: row.user_id)))
+    page = await checked.listing(rows, query, wanted, shape, lambda row: row.user_id)
+    return Answer(UserPage(*page))
 
 
 def _answer(row: identity.User) -> Answer:
