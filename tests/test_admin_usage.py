@@ -338,6 +338,41 @@ async def test_a_search_without_an_index_looks_at_so_many_rows_and_says_where_to
                 assert pages >= 40 // 7
 
 
+class Held:
+    """A reader that has its rows already, so that nothing else gives the loop a turn."""
+
+    def __init__(self, rows: list[sqlite3.Row]) -> None:
+        self.rows = rows
+
+    async def read(self, sql: str, parameters: Any = ()) -> list[sqlite3.Row]:
+        return self.rows
+
+
+async def test_a_long_page_of_requests_is_read_while_others_have_their_turn(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(reports, "_READ_AT_ONCE", 10)
+    async with await Place(tmp_path).open() as place:
+        place.live.requests(40)
+        await catch_up(place.writer())
+        async with place.database.reader() as reader:
+            rows = await reader.read("SELECT * FROM request ORDER BY t DESC, lsn DESC")
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async with asyncio.TaskGroup() as group:
+        counting = group.create_task(others())
+        page, _ = await reports.requests(Held(rows), Sought(), None, len(rows))
+        counting.cancel()
+    assert [each.lsn for each in page] == [row["lsn"] for row in rows]
+    assert turns >= len(rows) // 10 - 1 > 0
+
+
 async def test_sums_that_come_with_an_upgrade_are_those_of_the_requests_before(tmp_path) -> None:
     async with await Place(tmp_path).open() as place:
         place.live.requests(20)
