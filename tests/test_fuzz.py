@@ -24,7 +24,10 @@ QUICK = settings(
 FOUND: dict[str, list[bytes]] = {
     **{name: [] for name in TARGETS},
     # A body came to an exchange that had heard of no head.
-    "upstream": [seeded(b"HTTP/1.1 010 Hm\r\n\r\n{}")],
+    "upstream": [
+        seeded(b"HTTP/1.1 010 Hm\r\n\r\n{}"),
+        seeded(b"HTTP/1.1 199 Hm\r\nContent-Length: 2\r\n\r\n{}HTTP/1.1 200 OK\r\n\r\n"),
+    ],
     # Numbers that are longer when they are sent than when they came: too low a bound was held.
     "requests": [
         b'\0{"model":"a","messages":[{"content":"x"}],"tools":[{"type":"function","x":[%b]}]}'

@@ -240,6 +240,10 @@ BROKEN = {
         b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n",
         "garbage",
     ),
+    "an interim answer with a body": (
+        b"HTTP/1.1 103 Hints\r\nContent-Length: %d\r\n\r\n" % len(WHOLE) + WHOLE + WHOLE,
+        "garbage",
+    ),
     "an endless head": (OK + b"a: b\r\n" * (HEAD_LIMIT // 5), "garbage"),
     "an endless line": (OK + b"a: " + b"b" * (HEAD_LIMIT + 9), "garbage"),
     "interim answers without end": (b"HTTP/1.1 100 Continue\r\n\r\n" * 12_000, "garbage"),

@@ -257,6 +257,9 @@ class Connection(asyncio.Protocol):
                 raise ValueError("no status of HTTP's: a body would follow that has no head")
             if status == 101:
                 raise ValueError("a protocol switch that nobody asked for")
+            if "content-length" in self._headers or "transfer-encoding" in self._headers:
+                # RFC 9110, 8.6; 9112, 6.1. One reader would skip it and another read it as a head.
+                raise ValueError("an interim answer with a body")
             self._headers = {}
             return
         headers = self._headers
