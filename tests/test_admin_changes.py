@@ -211,6 +211,23 @@ async def test_a_deleted_organization_ends_the_calls_of_its_users(plane):
     assert plane.authenticate(key)
 
 
+async def test_no_key_is_made_that_would_open_nothing_and_none_is_listed(plane):
+    await plane.call("POST", "/admin/organizations", {"org_id": "acme"})
+    await plane.call("POST", "/admin/users", {"user_id": "ann", "org_id": "acme"})
+    keys = "/admin/users/ann/api-keys"
+    key_id = (await plane.call("POST", keys, {}))[1]["key_id"]
+    await plane.call("DELETE", "/admin/organizations/acme")
+    for path in (keys, f"{keys}/{key_id}/rotate"):
+        status, answer, _ = await plane.call("POST", path, {})
+        assert status == 409 and "another organization first" in answer["error"]["message"]
+    assert (await plane.call("GET", keys))[1]["data"] == []
+    [shown] = (await plane.call("GET", f"{keys}?deleted=1"))[1]["data"]
+    assert shown["key_id"] == key_id and shown["revoked_at"] is not None
+    await plane.call("PATCH", "/admin/users/ann", {"org_id": "default"})
+    assert (await plane.call("POST", keys, {}))[0] == 201
+    assert len((await plane.call("GET", keys))[1]["data"]) == 2
+
+
 async def test_the_organization_of_those_without_one_stays(plane):
     status, answer, _ = await plane.call("DELETE", "/admin/organizations/default")
     assert (status, answer["error"]["code"]) == (409, "conflict")

@@ -125,6 +125,22 @@ async def test_what_was_exported_can_be_imported_elsewhere(
     assert told(await dump(third)) == told(whole)
 
 
+async def test_what_was_exported_can_be_imported_again_after_an_organization_is_deleted(
+    front: Front, start_gateway: StartGateway
+) -> None:
+    assert (await load(front, PEOPLE))[0] == 200
+    deleted = await front.client.delete("/admin/organizations/acme", headers=ADMIN)
+    assert deleted.status == 204
+    whole, table = await dump(front), await dump(front, "kind=user&format=csv")
+    assert b'"ann"' not in whole and b"ann," not in table
+    for place in (front, await start_gateway()):
+        status, report = await load(place, whole)
+        assert (status, report["counts"]["wrong"]) == (200, 0), report
+    status, report = await load(front, table, CSV, "kind=user")
+    assert (status, report["counts"]["updated"]) == (200, 0), report
+    assert (await user(front, "ann"))["org_id"] == "acme"
+
+
 def told(export: bytes) -> list[dict[str, Any]]:
     """Without the times of those who had been there before."""
     rows = [json.loads(line) for line in export.splitlines()]

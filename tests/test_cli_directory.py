@@ -386,6 +386,40 @@ def test_a_key_is_found_by_its_id_changed_rotated_and_revoked(shell):
     assert second not in shell.out
 
 
+def piped(data: bytes) -> io.TextIOWrapper:
+    """Standard input as Python opens it where nothing but UTF-8 will do."""
+    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors="strict")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-be", "utf-32-le"])
+def test_a_key_that_leaked_is_found_in_whatever_encoding_the_text_is(shell, monkeypatch, encoding):
+    shell.run("users", "create", "--id", "ann")
+    shell.run("keys", "create", "--user", "ann")
+    log = f"M\u00fcller leaked {shell.out.strip()} again"
+    monkeypatch.setattr("sys.stdin", piped(log.encode(encoding)))
+    assert shell.run("keys", "revoke", "--from-stdin") == 0
+    assert shell.out.split()[1:] == ["revoked"]
+
+
+def test_a_key_is_revoked_for_good_though_its_organization_is_deleted(shell, monkeypatch):
+    shell.run("orgs", "create", "--id", "acme")
+    shell.run("users", "create", "--id", "ann", "--org", "acme")
+    keys = []
+    for _ in range(3):
+        shell.run("keys", "create", "--user", "ann", "--json")
+        keys.append(orjson.loads(shell.out))
+    shell.run("orgs", "delete", "acme")
+    shell.run("keys", "list", "--user", "ann", "--json")
+    assert orjson.loads(shell.out)["data"] == []
+    assert shell.run("keys", "revoke", keys[0]["key_id"]) == 0
+    monkeypatch.setattr("sys.stdin", piped(keys[1]["api_key"].encode()))
+    assert shell.run("keys", "revoke", "--from-stdin") == 0
+    assert shell.out.split() == [keys[1]["key_id"], "revoked"]
+    shell.run("users", "set", "ann", "--org", "default")
+    shell.run("keys", "list", "--user", "ann", "--json")
+    assert [each["key_id"] for each in orjson.loads(shell.out)["data"]] == [keys[2]["key_id"]]
+
+
 def test_keys_that_leaked_are_found_in_any_text_and_revoked(shell, monkeypatch):
     shell.run("users", "create", "--id", "ann")
     texts = []
@@ -402,7 +436,7 @@ def test_keys_that_leaked_are_found_in_any_text_and_revoked(shell, monkeypatch):
         f'x="{leaked["api_key"]}" {leaked["api_key"]}\n{rotated["api_key"]}nbsp,{KEY} {forged} '
         f"{broken}"
     )
-    monkeypatch.setattr("sys.stdin", io.StringIO(log))
+    monkeypatch.setattr("sys.stdin", piped(log.encode()))
     assert shell.run("keys", "revoke", "--from-stdin", "--json") == 0
     found = {each["key_id"]: each["result"] for each in orjson.loads(shell.out)["data"]}
     assert found.pop(leaked["key_id"]) == found.pop(rotated["key_id"]) == "revoked"
@@ -410,7 +444,7 @@ def test_keys_that_leaked_are_found_in_any_text_and_revoked(shell, monkeypatch):
     assert shell.run("keys", "show", kept["key_id"]) == 0
     for text in (leaked, rotated, kept):
         assert text["api_key"] not in shell.out + shell.err
-    monkeypatch.setattr("sys.stdin", io.StringIO("nothing here"))
+    monkeypatch.setattr("sys.stdin", piped(b"nothing here"))
     assert shell.run("keys", "revoke", "--from-stdin") == 0
     assert "no key" in shell.err
     assert shell.run("keys", "revoke") == 2
@@ -426,7 +460,7 @@ def test_an_administrators_key_that_leaked_is_revoked_too_and_a_forged_one_revok
     leaked, kept = texts
     forged = kept["admin_key"][:17] + "0" * 32
     forged += checksum(forged)
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{leaked['admin_key']}\n{forged}"))
+    monkeypatch.setattr("sys.stdin", piped(f"{leaked['admin_key']}\n{forged}".encode()))
     assert shell.run("keys", "revoke", "--from-stdin", "--json") == 0
     assert orjson.loads(shell.out)["data"] == [
         {"key_id": leaked["key_id"], "result": "revoked"},

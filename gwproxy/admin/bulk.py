@@ -47,6 +47,7 @@ from gwproxy.core.errors import (
     RequestTooLarge,
     UnsupportedMediaType,
 )
+from gwproxy.core.identity import Organization, User
 from gwproxy.core.money import format_usd
 from gwproxy.core.period import rfc3339
 from gwproxy.state.directory import Author
@@ -336,7 +337,8 @@ class Bulk:
     # -- export ----------------------------------------------------------------------------------
 
     async def dump(self, query: ExportQuery) -> AsyncGenerator[bytes, None]:
-        """The rows of an export, a slice at a time; what is deleted is left out."""
+        """The rows of an export, a slice at a time; what is deleted is left out, and whoever's
+        organization is: no import could put him there again."""
         if query.kind == "usage":
             async for part in self._usage(query):
                 yield part
@@ -365,7 +367,7 @@ class Bulk:
                 if number == _SLICE:
                     break
                 last = row.user_id if kind == "user" else row.org_id
-                if row.deleted_at is not None:
+                if row.deleted_at is not None or self._homeless(row):
                     continue
                 shown = users.shape(row) if kind == "user" else organizations.shape(row)
                 values = [getattr(shown, name) for name in columns]
@@ -376,6 +378,10 @@ class Bulk:
                     part += orjson.dumps({"kind": kind, **named}) + b"\n"
             yield bytes(part)
             await asyncio.sleep(0)
+
+    def _homeless(self, row: User | Organization) -> bool:
+        organization = self._store.directory.organization(row.org_id, deleted=True)
+        return organization.deleted_at is not None
 
     async def _usage(self, query: ExportQuery) -> AsyncIterator[bytes]:
         """A month as one moment has it, whatever the speed at which it is fetched."""

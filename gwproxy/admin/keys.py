@@ -87,7 +87,7 @@ class Keys:
 
     async def list(self, ask: Ask, user_id: str, query: checked.Page) -> Answer:
         def wanted(row: identity.ApiKey) -> bool:
-            return row.revoked_at is None or query.deleted
+            return query.deleted or self._ended_at(row) is None
 
         def shape(row: identity.ApiKey) -> Key:
             return Key(**self._shown(row))

@@ -315,7 +315,12 @@ async def _found(call: Call, key_id: str, *query: tuple[str, str]) -> dict[str, 
 
 
 async def _path(call: Call, key_id: str) -> tuple[str, ...]:
-    return "users", (await _found(call, key_id))["user_id"], "api-keys", key_id
+    # Also where the user's organization is deleted: with another one the key would open again.
+    user_id = (await _found(call, key_id, _ENDED_TOO))["user_id"]
+    return "users", user_id, "api-keys", key_id
+
+
+_ENDED_TOO: Final = ("deleted", "1")
 
 
 async def _show_key(args: argparse.Namespace, call: Call) -> int:
@@ -343,7 +348,7 @@ async def _revoke_keys(args: argparse.Namespace, call: Call) -> int:
     done: list[dict[str, Any]] = []
     unknown: list[str] = []
     if args.from_stdin:
-        for key, hashed in _keys_in(sys.stdin.read()):
+        for key, hashed in _keys_in(sys.stdin.buffer.read()):
             done.append(await _revoke_leaked(call, key, hashed))
     else:
         for key_id in args.ids:
@@ -374,13 +379,15 @@ async def _revoked(call: Call, key_id: str) -> bool:
     return True
 
 
-_KEY: Final = re.compile(r"gw_(?:live|test|admin)_[0-9A-Za-z]{46}")
+_KEY: Final = re.compile(rb"gw_(?:live|test|admin)_[0-9A-Za-z]{46}")
 """What follows may be anything, a letter too: the checksum tells a key from a longer word."""
 
 
-def _keys_in(text: str) -> Iterator[tuple[KeyText, str]]:
+def _keys_in(text: bytes) -> Iterator[tuple[KeyText, str]]:
     """Each whole key in it, once, with the hash by which the server knows it."""
-    for found in dict.fromkeys(_KEY.findall(text)):
+    # A log is in any encoding, or broken: a key is ASCII, with zeros between in UTF-16 and UTF-32.
+    leaked = [*_KEY.findall(text), *_KEY.findall(text.replace(b"\0", b""))]
+    for found in (key.decode("ascii") for key in dict.fromkeys(leaked)):
         try:
             yield parse(found), digest(found).hex()
         except ValueError:
@@ -395,7 +402,8 @@ async def _revoke_leaked(call: Call, key: KeyText, hashed: str) -> dict[str, Any
             await call(Ask("GET", path, query=(("sha256", hashed),)))
             await call(Ask("DELETE", path))
         else:
-            user_id = (await _found(call, key.key_id, ("sha256", hashed)))["user_id"]
+            row = await _found(call, key.key_id, _ENDED_TOO, ("sha256", hashed))
+            user_id = row["user_id"]
             await call(Ask("DELETE", ("users", user_id, "api-keys", key.key_id)))
             done["user_id"] = user_id
     except (Unknown, NotFound):

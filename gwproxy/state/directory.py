@@ -282,7 +282,7 @@ class Directory:
         text = mint(KeyKind.LIVE, self._below)
 
         def decide() -> ApiKey:
-            self.user(user_id)
+            self._check_opens(user_id)
             created_at = self._now_s()
             _check_expiry(expires_at, created_at)
             parts = parse(text)
@@ -321,6 +321,7 @@ class Directory:
             nonlocal text
             row = self.key(user_id, key_id)
             _same_version(row, match)
+            self._check_opens(user_id)
             now_s = self._now_s()
             kept = [old for old in row.previous if old.until > now_s]
             if grace_s:
@@ -368,6 +369,14 @@ class Directory:
             return _changed(row, {"revoked_at": self._now_s()})
 
         return await self._record("revoke", decide, by)
+
+    def _check_opens(self, user_id: str) -> None:
+        """Conflict where no secret of the user's would open anything."""
+        if self.organization(self.user(user_id).org_id, deleted=True).deleted_at is not None:
+            raise Conflict(
+                "The organization of this user was deleted, and a key would open nothing: move the "
+                "user to another organization first."
+            )
 
     def key(self, user_id: str, key_id: str, *, deleted: bool = False) -> ApiKey:
         """NotFound where this user has no such key; `deleted`: revoked ones are there too."""
