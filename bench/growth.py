@@ -106,7 +106,7 @@ def growth_tables(results: Results) -> list[Table]:
     same = (
         f"{wanted.growth_rate:.0f} events a second in all, however many streams share them: only "
         "the number of streams differs from column to column. *broken*: the proxy did not "
-        "carry that many; the reason is among the remarks."
+        "carry that many, for the reason among the remarks; more were then not tried."
     )
     tables = [
         _table(

@@ -19,6 +19,8 @@ from bench import wire
 
 LAST_ANSWERS_WITHIN_S = 45
 """A rate that a proxy cannot keep leaves it a queue, which it is given time to work off."""
+HOPELESS = 32
+"""So many streams that could not be opened, one after the other, and the rest is not tried."""
 OPENING_AT_ONCE = 32
 """Connections that are being opened at a time: a listen queue must not become what is measured."""
 
@@ -194,8 +196,12 @@ class Calls:
                     self._ask_when_free()
                 await asyncio.sleep(0.001)
         self._running = False
-        async with asyncio.timeout(LAST_ANSWERS_WITHIN_S):
-            await self._quiet.wait()
+        try:
+            async with asyncio.timeout(LAST_ANSWERS_WITHIN_S):
+                await self._quiet.wait()
+        except TimeoutError as error:
+            words = f"{self._asking} requests were not answered within {LAST_ANSWERS_WITHIN_S} s"
+            raise TimeoutError(words) from error
 
     async def ask_one_by_one(self, n: int) -> None:
         """One after the other on a single connection: nobody else is in the way."""
@@ -332,6 +338,7 @@ class Streams:
         self.rewritten = target.rewrites
         self._opening = asyncio.Semaphore(OPENING_AT_ONCE)
         self._open_until = float("inf")
+        self._refused = 0
         self.listeners: list[Listener] = []
         self.recording = False
         self.events = 0
@@ -352,6 +359,7 @@ class Streams:
         """Opens `n` more streams and returns when each has its first event (or has failed)."""
         first = len(self.listeners) + 1
         self._open_until = time.monotonic() + within_s
+        self._refused = 0
         async with asyncio.TaskGroup() as tasks:
             for at, stream_id in enumerate(range(first, first + n)):
                 tasks.create_task(self._open_one(stream_id, at * spread_s / n))
@@ -368,8 +376,9 @@ class Streams:
             stamped=self.rewritten,
         )
         async with self._opening:
-            if time.monotonic() > self._open_until:
-                listener.lost("no time left to open it")
+            if self._refused >= HOPELESS or time.monotonic() > self._open_until:
+                hopeless = self._refused >= HOPELESS
+                listener.lost("not tried any more" if hopeless else "no time left to open it")
                 return
             try:
                 await connect(self._target, lambda: listener)
@@ -378,6 +387,8 @@ class Streams:
                     await listener.started.wait()
             except (OSError, TimeoutError) as error:
                 listener.lost(f"not opened: {type(error).__name__}")
+                listener.close()
+            self._refused = self._refused + 1 if listener.error else 0
 
     async def finish(self, timeout_s: float) -> None:
         try:

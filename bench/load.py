@@ -135,7 +135,13 @@ async def paced_streams(
 
 
 async def held_streams(
-    target: Target, *, steps: list[int], n_events: int, interval_ms: float, settle_s: float
+    target: Target,
+    *,
+    steps: list[int],
+    n_events: int,
+    interval_ms: float,
+    settle_s: float,
+    open_within_s: float,
 ) -> dict[str, Any]:
     """Opens streams in steps, weighs the proxy at each, and hears them all to the end, which the
     upstream puts off until the last step is weighed."""
@@ -150,7 +156,7 @@ async def held_streams(
     await ask_upstream(target, "/hold")
     try:
         for step in steps:
-            await run.open(step - len(run.listeners))
+            await run.open(step - len(run.listeners), within_s=open_within_s)
             await asyncio.sleep(settle_s)
             still_open = sum(listener.open for listener in run.listeners)
             weight = probes.memory(target.pid)

@@ -345,7 +345,9 @@ def method(results: Results) -> str:
     return (
         f"One run (`{wanted.name}`) with all proxies alive; {wanted.rounds} rounds, in each of "
         "which every contestant has one window in turn, so that what slows the machine slows "
-        "neighbours alike. A cell shows the least, the **median** and the largest of the windows; "
+        "neighbours alike; who breaks in a window is left out of the rest of that phase and is "
+        "started anew for the next. A cell shows the least, the **median** and the largest of the "
+        "windows; "
         "a ratio is formed within each round, against the peer with the same kind of upstream, "
         "and then treated likewise. CPU is user plus system time of all threads and processes of "
         "the proxy, from the kernel's per-process clock, sampled by the load generator at the "

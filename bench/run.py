@@ -63,7 +63,7 @@ class Settings:
     growth_rate: float = 1000
     growth_warm_s: float = 1.0
     growth_window_s: float = 6.0
-    growth_open_s: float = 90
+    open_within_s: float = 90
     limit_s: float = 7200
     pin: bool = False
 
@@ -91,7 +91,7 @@ QUICK = Settings(
     growth_steps=(10, 500),
     growth_warm_s=0.2,
     growth_window_s=1.0,
-    growth_open_s=20,
+    open_within_s=20,
     limit_s=600,
 )
 SMOKE = Settings(
@@ -121,8 +121,8 @@ SMOKE = Settings(
     growth_rate=100,
     growth_warm_s=0.05,
     growth_window_s=0.2,
-    growth_open_s=5,
-    limit_s=45,
+    open_within_s=5,
+    limit_s=240,
 )
 
 
@@ -290,7 +290,7 @@ class Run:
                 say(f"start-up: {name}")
                 try:
                     player = self._prepare(entrant, kind, name)
-                    self._start(player)
+                    self._start(player, self._settings.starts)
                     if player.contestant.once_ready is not None:
                         player.keys = player.contestant.once_ready()
                     self._try_out(player)
@@ -310,10 +310,10 @@ class Run:
         site = Site(folder, free_port(), self._ports[kind], ca)
         return Player(name, kind, entrant, entrant.prepare(site), site)
 
-    def _start(self, player: Player) -> None:
+    def _start(self, player: Player, times: int) -> None:
         """The last start stays; the earlier ones only tell how long a start takes."""
         took_ms = self.results.starts_ms.setdefault(player.label, [])
-        for _ in range(self._settings.starts):
+        for _ in range(times):
             if player.child is not None:
                 stop(player.child)
             log = player.site.folder / "output.log"
@@ -389,11 +389,13 @@ class Run:
         target: dict[str, Any],
         command: str,
         arguments: dict[str, Any],
-    ) -> None:
+    ) -> bool:
+        """Whether it held out."""
         result = self._ask(command, target, arguments, ANSWER_WITHIN_S)
         self.results.windows.append({"phase": phase, "round": round_, "who": who, **result})
         if "failed" in result:
             say(f"  {who}: {result['failed']}")
+        return not ("failed" in result or result.get("verdict", {}).get("errors"))
 
     def _rounds(
         self,
@@ -404,8 +406,13 @@ class Run:
         direct: bool,
         rounds: int,
         kinds: tuple[str, ...] | None = None,
-    ) -> None:
-        """One window each in turn, and again: what slows the machine slows neighbours alike."""
+        gave_up: set[str] | None = None,
+    ) -> set[str]:
+        """One window each in turn, and again: what slows the machine slows neighbours alike.
+
+        Who breaks is left out of what is left of the phase; `gave_up` says who did so before.
+        """
+        gave_up = set() if gave_up is None else gave_up
         for round_ in range(rounds):
             say(f"{phase}: round {round_ + 1} of {rounds}")
             for kind in kinds or self._settings.kinds:
@@ -413,9 +420,23 @@ class Run:
                     who = label(DIRECT, kind)
                     self._window(phase, round_, who, self._direct(kind), command, arguments)
                 for player in self._players:
-                    if player.kind == kind and self._lives(player):
-                        target = self._target(player)
-                        self._window(phase, round_, player.label, target, command, arguments)
+                    if player.kind != kind or player.label in gave_up or not self._lives(player):
+                        continue
+                    target = self._target(player)
+                    if not self._window(phase, round_, player.label, target, command, arguments):
+                        gave_up.add(player.label)
+                        self._start_anew(player)
+        return gave_up
+
+    def _start_anew(self, player: Player) -> None:
+        """What broke in a window is not asked again in that phase, and comes fresh to the next."""
+        assert player.child is not None, "it has just been measured"
+        say(f"  {player.label} is started anew")
+        stop(player.child)
+        try:
+            self._start(player, times=1)
+        except ChildFailed as error:
+            self.results.absent[player.label] = f"after it broke, {error}"
 
     def _lives(self, player: Player) -> bool:
         if not player.alive and player.label not in self.results.absent:
@@ -435,6 +456,7 @@ class Run:
                 "n_events": wanted.held_events,
                 "interval_ms": wanted.held_interval_ms,
                 "settle_s": wanted.held_settle_s,
+                "open_within_s": wanted.open_within_s,
             },
             direct=False,
             rounds=1,
@@ -463,16 +485,19 @@ class Run:
         plain, often = wanted.kinds[:1], wanted.calm_rounds
         self._rounds("calm requests", "requests", calm, direct=True, rounds=often, kinds=plain)
         # Last, because it is what a proxy may not survive. One round: each step is a long window.
+        gave_up: set[str] = set()
         for streams in wanted.growth_steps:
             growth = {
                 "streams": streams,
                 "rate": wanted.growth_rate,
                 "warm_s": wanted.growth_warm_s,
                 "window_s": wanted.growth_window_s,
-                "open_within_s": wanted.growth_open_s,
+                "open_within_s": wanted.open_within_s,
             }
             phase = growth_phase(streams)
-            self._rounds(phase, "many_streams", growth, direct=True, rounds=1, kinds=plain)
+            self._rounds(
+                phase, "many_streams", growth, direct=True, rounds=1, kinds=plain, gave_up=gave_up
+            )
         self._rest("rest at end")
 
     def _rest(self, when: str) -> None:
