@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: run test check fuzz audit sbom bench lock clean
+.PHONY: run test check soak fuzz audit sbom bench lock clean
 
 run: $(VENV)/.runtime            ## the gateway with its built-in demo upstream: no account, no configuration
 	@$(BIN)/python -m gwproxy demo
@@ -15,6 +15,9 @@ check: $(VENV)/.dev              ## style, types, tests: what a change must pass
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(MAKE) test
+
+soak: $(VENV)/.dev               ## mixed traffic for SOAK_S seconds (an hour): memory, files, tasks flat, the books right
+	SOAK_S=$(or $(SOAK_S),3600) $(BIN)/python -m pytest -q -s -m slow tests/test_soak.py
 
 SECONDS_EACH ?= 60
 

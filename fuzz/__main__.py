@@ -44,7 +44,7 @@ def run(target: str, seconds: int) -> None:
     corpus.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(module.SEEDS):
         (corpus / f"seed-{number}").write_bytes(seed)
-    options = [f"-max_total_time={seconds}", "-timeout=20", "-rss_limit_mb=2048", "-max_len=2048"]
+    options = [f"-max_total_time={seconds}", "-timeout=20", "-rss_limit_mb=2048", "-max_len=1024"]
     found = f"-artifact_prefix={KEPT / target}-"
     atheris.Setup([sys.argv[0], *options, found, "-print_final_stats=1", str(corpus)], module.check)
     atheris.Fuzz()

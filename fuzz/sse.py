@@ -13,7 +13,7 @@ RECORDED = [
 SEEDS = [
     seeded(b'data: {"a":1}\n\ndata: [DONE]\n\n'),
     seeded(b"event: x\r\ndata:a\r\ndata: b\r\n\r\n: note\n\ndata"),
-    *(seeded(stream[:2000]) for stream in RECORDED),
+    *(seeded(stream[:800]) for stream in RECORDED),
 ]
 
 

@@ -11,7 +11,7 @@ from gwproxy.core.meter import Meter
 from gwproxy.core.responses_stream import ResponsesMeter, ResponsesStream
 from gwproxy.core.stream import ChatStream, EventStream
 
-SEEDS = [bytes([api]) + seeded(stream[:3000]) for api in range(3) for stream in RECORDED]
+SEEDS = [bytes([api]) + seeded(stream[:800]) for api in range(3) for stream in RECORDED]
 
 
 def check(data: bytes) -> None:
