@@ -1,6 +1,7 @@
 """Sending: what leaves for an upstream, which failure moves on to the next, and when none may."""
 
 import asyncio
+import contextlib
 import json
 import re
 import time
@@ -12,6 +13,7 @@ import pytest
 import pytest_asyncio
 
 from gwproxy.core.chat import ChatRequest
+from gwproxy.proxy.relay import Relay
 from tests.conftest import Front, StartGateway
 from tests.harness import (
     ADMIN_KEY,
@@ -29,7 +31,7 @@ from tests.harness import (
     events,
     usage_only,
 )
-from tests.raw import connect, head
+from tests.raw import Peer, connect, head
 from tests.scene import (
     CHUNKED,
     INTERRUPTED,
@@ -40,11 +42,13 @@ from tests.scene import (
     assert_nothing_left,
     in_chunks,
     metric,
+    pools,
     sends,
     stay_silent,
     stream_then_wait,
     tick,
     until,
+    until_hung_up,
 )
 
 HELLO = delta("Hello")
@@ -184,19 +188,101 @@ async def test_after_the_commit_nothing_falls_back(
     assert await metric(both, "gwproxy_fallbacks_total") == 0
 
 
-async def test_a_stream_that_is_long_without_a_word_is_passed_on_as_it_is(
+WAITING = ROLE * 1_000  # more than 64 KiB of events, and not a word
+
+
+async def test_however_many_comments_come_the_next_provider_has_its_turn(
     both: Front, upstream: Upstream, second: Upstream
 ) -> None:
     waiting = COMMENT * 5_000  # 70 KB
-    upstream.script = stream_then_wait(waiting)
-    async with asked(both, model="both") as peer:
+    second.script = sends(CHUNKED + in_chunks([HELLO + DONE]))
+    for ends in (event({"error": {"message": "overloaded", "code": 503}}), b""):
+        upstream.script = sends(CHUNKED + in_chunks([waiting + ends]))
+        response = await both.chat(both_chat(True))
+        assert (response.status, await response.read()) == (200, HELLO + DONE)
+    assert len(second.received) == 2
+    assert standing(both) == (0, 2)
+    await assert_nothing_left(both, upstream, second)
+
+
+def standing(front: Front) -> tuple[float, int]:
+    """Of the first provider: answers booked, and failures in a row."""
+    app = front.gateway.app
+    assert app is not None
+    first = app._providers.of("first")
+    return first.successes.value, first.breaker.failures
+
+
+@contextlib.asynccontextmanager
+async def passed_on_without_a_word(front: Front) -> AsyncIterator[Peer]:
+    async with asked(front, model="both") as peer:
         assert (await peer.head())[0] == 200
         parts = peer.chunks()
         came = b""
-        while len(came) < len(waiting):
+        while len(came) < len(WAITING):
             came += await anext(parts)
-    assert came == waiting
+        assert came == WAITING
+        yield peer
+
+
+async def test_a_stream_whose_events_are_long_without_a_word_is_passed_on_as_it_is(
+    both: Front, upstream: Upstream, second: Upstream
+) -> None:
+    more = asyncio.Event()
+
+    async def script(wire: Wire, received: Received) -> None:
+        await wire.start()
+        await wire.chunk(WAITING)
+        await more.wait()
+        await wire.chunk(HELLO)
+        await until_hung_up(wire)
+
+    upstream.script = script
+    async with passed_on_without_a_word(both) as peer:
+        # It is no answer yet: the breaker hears of one with the first words.
+        assert standing(both) == (0, 0)
+        more.set()
+        assert await anext(peer.chunks()) == HELLO
+        assert standing(both) == (1, 0)
     assert second.received == []
+
+
+async def test_a_stream_that_was_passed_on_still_owes_its_first_words(
+    both: Front, upstream: Upstream
+) -> None:
+    upstream.script = stream_then_wait(WAITING)
+    async with passed_on_without_a_word(both) as peer:
+        app = both.gateway.app
+        assert app is not None
+        [connection] = [each for pool in pools(both) for each in pool.active]
+        relay = connection.exchange
+        assert isinstance(relay, Relay)
+        relay._reply.last_byte_at += 601  # it is not silent, which would end it sooner
+        tick(both, 601)
+        assert b"stream_interrupted" in b"".join([part async for part in peer.chunks()])
+    line = await both.gateway.request_line()
+    assert (line["outcome"], line["error_type"]) == ("truncated", "provider_timeout")
+    assert standing(both) == (0, 1)
+
+
+async def test_a_stream_that_was_passed_on_and_broke_off_without_a_word_is_a_failure(
+    both: Front, upstream: Upstream
+) -> None:
+    error = event({"error": {"message": "overloaded", "code": 503}})
+    for number, ends in enumerate((b"", error, DONE), start=1):
+        upstream.script = sends(CHUNKED + in_chunks([WAITING, ends]))
+        await (await both.chat(both_chat(True))).read()
+        assert standing(both) == ((0, number) if ends != DONE else (1, 0))
+
+
+async def test_a_client_that_leaves_before_the_first_words_says_nothing_about_the_provider(
+    both: Front, upstream: Upstream
+) -> None:
+    upstream.script = stream_then_wait(WAITING)
+    async with passed_on_without_a_word(both):
+        pass
+    await both.gateway.request_line()
+    assert standing(both) == (0, 0)
 
 
 async def test_an_error_as_the_first_event_is_an_http_error(

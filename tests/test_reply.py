@@ -278,6 +278,29 @@ async def test_an_answer_without_end_is_cut_off(front: Front, upstream: Upstream
     assert sent < 2 * ChatRequest.answer_bytes
 
 
+@pytest.mark.parametrize("ends", [b"\n\n", b"\n", b"x"], ids=["events", "lines", "one line"])
+async def test_comments_without_end_are_cut_off(
+    front: Front, upstream: Upstream, ends: bytes
+) -> None:
+    sent = 0
+
+    async def script(wire: Wire, received: Received) -> None:
+        nonlocal sent
+        await wire.start()
+        block = b": " + b"x" * (1 << 20) + ends
+        while True:
+            await wire.chunk(block)
+            sent += len(block)
+
+    upstream.script = script
+    response = await front.chat(chat(True))
+    assert response.status == 502
+    line = await front.gateway.request_line()
+    assert line["attempts"][0]["reason"] == "too_large"
+    await assert_nothing_left(front, upstream)
+    assert sent < 2 * ChatRequest.answer_bytes
+
+
 # -- clients that walk away ----------------------------------------------------------------------
 
 UNDECIDED: dict[str, tuple[Script, bool]] = {

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gwproxy.core import sse
 from gwproxy.core.meter import Meter
-from gwproxy.core.stream import HOLD_LIMIT, INTERRUPTED, ChatStream
+from gwproxy.core.stream import COMMENT_LIMIT, HOLD_LIMIT, INTERRUPTED, ChatStream
 from gwproxy.core.usage import Usage
 from tests.harness import DONE, delta, event, tokenizer, usage_only
 
@@ -554,3 +554,35 @@ def test_of_a_long_event_that_was_cut_short_the_bytes_are_counted() -> None:
     assert out == block
     assert not stream.at_boundary
     assert stream.meter.unparsed_bytes == len(block) - len(b"data: ")
+
+
+# -- comments before the first word --------------------------------------------------------------
+
+
+@given(places=st.lists(st.integers(0, 100_000), max_size=8))
+@PATIENT
+def test_comments_beyond_a_bound_are_let_go_before_the_first_word_and_none_after(
+    places: list[int],
+) -> None:
+    comment = b": waiting\n\n"
+    many = comment * 3_000
+    role, answer = delta(""), delta("Hello") + many + DONE
+    passed = run(cut(many + role + many + answer, places))
+    kept = COMMENT_LIMIT // len(comment)
+    assert passed.out == comment * kept + role + answer
+
+
+@pytest.mark.parametrize("line", [b": waiting\n", b": waiting\r\n", b":"], ids=repr)
+def test_comments_that_end_in_no_empty_line_are_let_go_and_their_event_is_not(line: bytes) -> None:
+    lines = b"event: chunk\n" + line * (2 * HOLD_LIMIT // len(line))
+    body = lines + (b"\n" if line == b":" else b"") + delta("Hello")
+    passed = run(cut(body, list(range(0, len(body), 7_001))))
+    assert len(passed.out) < HOLD_LIMIT
+    assert passed.out.startswith(b"event: chunk\n:")
+    assert passed.out.endswith(b"\n" + delta("Hello"))
+    assert passed.stream.committed
+
+
+def test_an_event_too_big_to_be_read_is_no_comment() -> None:
+    body = b"data: " + b"x" * (sse.LINE_LIMIT + 1) + b"\n\n"
+    assert run([body]).out == body

@@ -50,6 +50,15 @@ class SseScanner:
         """Bytes of data lines let go because of the limit, to be estimated by whoever counts;
         reset by them."""
 
+    @property
+    def silent(self) -> bool:
+        """Whether the event under way has no data so far, nor is its line under way one of data."""
+        if self._data or self._counting:
+            return False
+        if self._skipping:
+            return not self._skipped_counts
+        return not self._line or self._line[0].startswith(b":")
+
     def feed(self, chunk: bytes) -> list[tuple[bytes, int]]:
         lines = chunk.split(b"\n")
         rest = lines.pop()

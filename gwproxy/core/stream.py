@@ -18,6 +18,10 @@ from gwproxy.core.sse import ErrorData, SseScanner
 HOLD_LIMIT = 64 * 1024
 """Bytes of one unfinished event that wait for its end; a longer one is passed on in pieces."""
 
+COMMENT_LIMIT = 16 * 1024
+"""Bytes of comments that leave before a stream's first word; what is more is let go. Clients ignore
+them, and a stream must not come to count by them."""
+
 INTERRUPTED = GatewayError(
     "The upstream ended the stream before its answer was complete.",
     status=502,
@@ -38,6 +42,7 @@ class EventStream:
     """
 
     __slots__ = (
+        "_comment_room",
         "_held",
         "_held_size",
         "_instead",
@@ -55,6 +60,7 @@ class EventStream:
         self._held: list[bytes] = []  # the unfinished event's bytes from earlier chunks
         self._held_size = 0
         self._part_sent = False  # the unfinished event outgrew the limit and is partly gone
+        self._comment_room = COMMENT_LIMIT
         self._instead = b""  # what leaves in the place of an event that does not
         self.committed = False
         self.done = False
@@ -149,12 +155,14 @@ class EventStream:
 
     def _feed_any(self, chunk: bytes) -> bytes:
         events = self._scanner.feed(chunk)
-        self._count_unparsed()
+        let_go = self._count_unparsed()
         leaving: list[bytes] = []
         start = 0
         for payload, end in events:
-            # A comment has no payload and is always passed on.
-            if not payload or self._read(payload) or self._part_sent:
+            # A comment has no payload, and neither has an event that was too big to be read.
+            if not payload and not (let_go or self._part_sent or self._may_leave(end - start)):
+                pass
+            elif not payload or self._read(payload) or self._part_sent:
                 if self._held:
                     leaving += self._held
                 leaving.append(chunk[start:end])
@@ -166,7 +174,11 @@ class EventStream:
             start = end
         if start < len(chunk):
             rest = chunk[start:] if start else chunk
-            if self._part_sent or self._held_size + len(rest) > HOLD_LIMIT:
+            size = self._held_size + len(rest)
+            if size > HOLD_LIMIT and not (self._part_sent or self.committed):
+                rest = self._without_comments(rest)
+                size = self._held_size + len(rest)
+            if self._part_sent or size > HOLD_LIMIT:
                 leaving += self._held
                 leaving.append(rest)
                 self._held = []
@@ -174,13 +186,37 @@ class EventStream:
                 self._part_sent = True
             else:
                 self._held.append(rest)
-                self._held_size += len(rest)
+                self._held_size = size
         return b"".join(leaving)
 
-    def _count_unparsed(self) -> None:
-        if self._scanner.unparsed:
-            self.meter.observe_unparsed(self._scanner.unparsed)
-            self._scanner.unparsed = 0
+    def _may_leave(self, size: int) -> bool:
+        """Whether an event without data may, whose last `size` bytes have come."""
+        if self.committed:
+            return True
+        size += self._held_size
+        if size > self._comment_room:
+            return False
+        self._comment_room -= size
+        return True
+
+    def _without_comments(self, rest: bytes) -> bytes:
+        """What is held of the unfinished event, and `rest` of it, with its comments let go if it
+        has nothing else to say so far. Of a comment under way its mark stays: the rest of it is
+        none of an event's lines either."""
+        if not self._scanner.silent:
+            return rest
+        *lines, last = b"".join((*self._held, rest)).split(b"\n")
+        self._held = []
+        self._held_size = 0
+        kept = [line for line in lines if not line.startswith(b":")]
+        return b"\n".join((*kept, last[:1]))
+
+    def _count_unparsed(self) -> bool:
+        """True: there was something."""
+        unparsed, self._scanner.unparsed = self._scanner.unparsed, 0
+        if unparsed:
+            self.meter.observe_unparsed(unparsed)
+        return unparsed > 0
 
 
 class ChatStream(EventStream):

@@ -16,6 +16,7 @@ from gwproxy.core.errors import Draining, GatewayError
 from gwproxy.core.identity import Principal
 from gwproxy.core.outcomes import ALL_OF_THE_TIME, FAILURES, NO_COMPLETION, Meaning, pause_s
 from gwproxy.core.request import ModelRequest
+from gwproxy.core.stream import EventStream
 from gwproxy.core.trace import Attempt, Trace
 from gwproxy.core.upstream_words import (
     USER_AGENT,
@@ -298,9 +299,9 @@ class Sending:
 
     async def _try(self, planned: Planned, entry: Entry) -> Reply | Verdict:
         """One attempt; the provider's breaker is told what came of it."""
-        trace = self._trace
+        dispatch, trace = self._dispatch, self._trace
         # What goes well at once is for those who look for it.
-        told = bool(trace.attempts) or self._dispatch.log.debugging
+        told = bool(trace.attempts) or dispatch.log.debugging
         if told:
             self._tell("Attempting provider", planned, len(trace.attempts) + 1)
         try:
@@ -310,10 +311,18 @@ class Sending:
             raise
         attempt = trace.attempts[-1]
         if isinstance(result, Reply):
-            entry.answered(attempt.duration_s)
             self._entry = entry
-            if told:
-                self._tell("Provider succeeded", planned, len(trace.attempts))
+            began = dispatch.now() - attempt.duration_s
+
+            def answered() -> None:
+                entry.answered(dispatch.now() - began)
+                if told:
+                    self._tell("Provider succeeded", planned, len(trace.attempts))
+
+            if result.events is None or result.events.committed:
+                answered()
+            else:
+                result.on_words = answered
             return result
         entry.ended(result.outcome)
         attempt.reason = result.reason
@@ -359,12 +368,28 @@ class Sending:
         reply, entry = self._reply, self._entry
         if reply is None:
             return
-        if entry is not None and reply.events is not None and reply.ended and reply.wanted:
-            if reply.failure is None and reply.events.complete:
-                entry.completed()
-            elif reply.failure is not SHUTDOWN:
-                entry.broke(reply.failure.reason if reply.failure else TRUNCATED.reason)
+        if entry is not None and reply.events is not None:
+            self._tell_end(entry, reply, reply.events)
         reply.close()
+
+    @staticmethod
+    def _tell_end(entry: Entry, reply: Reply, events: EventStream) -> None:
+        """How a stream that was passed on came to its end, if it did."""
+        if reply.on_words is not None:
+            reply.look_for_words(0)  # they may have come with its last bytes
+        wordless, reply.on_words = reply.on_words is not None, None
+        failure = reply.failure
+        if not reply.ended or not reply.wanted or failure is SHUTDOWN:
+            if wordless:
+                entry.left()
+        elif failure is None and events.complete:
+            entry.completed()
+        elif not wordless:
+            entry.broke((failure or TRUNCATED).reason)
+        elif failure is None and events.error is not None:
+            entry.ended(classify_event(events.error).outcome)
+        else:
+            entry.ended(_failed(failure or TRUNCATED).outcome)
 
     async def _attempt(self, planned: Planned) -> Reply | Verdict:
         """One candidate: its reply, or what its failure means."""

@@ -13,7 +13,7 @@ from aiohttp import web
 from gwproxy.core.errors import GatewayError
 from gwproxy.core.stream import INTERRUPTED, EventStream
 from gwproxy.proxy.reply import Reply
-from gwproxy.proxy.upstream import IDLE_TIMEOUT, SHUTDOWN, Failure
+from gwproxy.proxy.upstream import ANSWER_TIMEOUT, IDLE_TIMEOUT, SHUTDOWN, Failure
 from gwproxy.state.reservation import Reservation
 
 KEEP_ALIVE_AFTER_S = 15.0
@@ -153,6 +153,7 @@ class Relay:
 
     def on_body(self, data: bytes) -> None:
         reply = self._reply
+        size = len(data)
         now = self._now()
         gap = now - reply.last_byte_at
         if gap > reply.longest_gap_s:
@@ -171,6 +172,8 @@ class Relay:
                     return
             data = rest
         self._pass_on(data, now)
+        if reply.on_words is not None:
+            reply.look_for_words(size)
 
     def _pass_on(self, data: bytes, now: float) -> bool:
         """Read `data` and write what may leave now; False: the stream ends here."""
@@ -204,6 +207,8 @@ class Relay:
             return
         if now - self._reply.last_byte_at > self._idle_s:
             self._reply.connection.fail(IDLE_TIMEOUT)
+        elif self._reply.is_overdue(now):
+            self._reply.connection.fail(ANSWER_TIMEOUT)
         elif now - self._last_out_at > KEEP_ALIVE_AFTER_S and self._events.at_boundary:
             self._last_out_at = now
             self._write(_KEEP_ALIVE)

@@ -2,7 +2,8 @@
 
 An answer is decided when the whole of it is there, when it failed, or when a stream committed:
 its first event with text, a tool call, a finish reason, usage or `[DONE]`. Until then another
-provider may still be tried and the client has seen nothing; at most 64 KiB wait here.
+provider may still be tried and the client has seen nothing; at most 64 KiB wait here. A stream that
+is passed on without a word yet is still watched for it.
 """
 
 import asyncio
@@ -27,7 +28,8 @@ from gwproxy.proxy.upstream import (
 )
 
 HELD_BACK_BYTES = 64 * 1024
-"""A stream that sends this much without a word of answer is passed on as it is."""
+"""A stream whose events come to this much without a word of answer is passed on as it is. Comments
+alone never do: `core.stream` lets go of them before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class Reply:
 
     # What holds until it is known better: class attributes cost a new reply nothing.
     _held_bytes = 0
+    _wordless_bytes = 0
     events: EventStream | None = None
     status = 0
     headers: Mapping[str, str] = MappingProxyType({})
@@ -60,6 +63,8 @@ class Reply:
     answer: Mapping[str, Any] = MappingProxyType({})
     """A whole answer parsed, and `whole` its bytes; set by whoever judged it."""
     whole = b""
+    on_words: Callable[[], None] | None = None
+    """Of a stream that is passed on without a word yet: called when the first one comes."""
     first_byte_at = 0.0
     longest_gap_s = 0.0
 
@@ -127,6 +132,7 @@ class Reply:
         if not self.first_byte_at:
             self.first_byte_at = now
         self.last_byte_at = now
+        size = len(data)
         if self.events is not None:
             data = self.events.feed(data)
         if data:
@@ -137,6 +143,8 @@ class Reply:
                 self.connection.fail(TOO_LARGE)
         elif self.events.committed or self.events.error or self._held_bytes > HELD_BACK_BYTES:
             self._decide()
+        else:
+            self._count_wordless(size)
 
     def on_end(self, failure: Failure | None) -> None:
         self.ended = True
@@ -166,6 +174,26 @@ class Reply:
             # Comments alone keep a connection up for ever: a thought may take as long as a whole
             # answer, and then somebody else is asked.
             self.connection.fail(ANSWER_TIMEOUT)
+
+    # -- a stream that is passed on without a word ---------------------------------------------
+
+    def look_for_words(self, received: int) -> None:
+        """So many bytes more have come."""
+        assert self.events is not None
+        if not self.events.committed:
+            self._count_wordless(received)
+        elif self.on_words is not None:
+            on_words, self.on_words = self.on_words, None
+            on_words()
+
+    def is_overdue(self, now: float) -> bool:
+        return self.on_words is not None and now - self.sent_at > self._patience.answer_s
+
+    def _count_wordless(self, received: int) -> None:
+        """However slowly they come: no answer is that long without a word."""
+        self._wordless_bytes += received
+        if self._wordless_bytes > self._request.answer_bytes:
+            self.connection.fail(TOO_LARGE)
 
     def _decide(self) -> None:
         if not self.decided.done():
