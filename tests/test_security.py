@@ -24,6 +24,7 @@ from gwproxy.cloudflare.api import session
 from gwproxy.core.errors import InvalidApiKey
 from gwproxy.core.identity import digest
 from gwproxy.state.keyring import Keyring
+from gwproxy.storage.database import HAS_WAL_RESET_BUG
 from tests.conftest import Front, StartGateway
 from tests.harness import (
     ADMIN,
@@ -447,6 +448,11 @@ def test_without_the_parser_in_c_it_does_not_start(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "AIOHTTP_NO_EXTENSIONS" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+async def test_an_old_sqlite_is_told_of_at_the_start(front: Front) -> None:
+    lines = [line for line in await front.gateway.lines() if "old SQLite" in line["event"]]
+    assert len(lines) == HAS_WAL_RESET_BUG
 
 
 # -- crowds ----------------------------------------------------------------------------------------
