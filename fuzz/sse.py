@@ -3,7 +3,7 @@ payloads and ends, that a slow reader finds who takes one byte after the other."
 
 from pathlib import Path
 
-from fuzz.cuts import seeded, split
+from fuzz.cuts import SHORT, seeded, split
 from gwproxy.core.sse import SseScanner
 
 RECORDED = [
@@ -22,7 +22,8 @@ def check(data: bytes) -> None:
     expected = reference(stream)
     assert scan([stream]) == expected
     assert scan(pieces) == expected
-    assert scan([stream[at : at + 1] for at in range(len(stream))]) == expected
+    if len(stream) <= SHORT:
+        assert scan([stream[at : at + 1] for at in range(len(stream))]) == expected
 
 
 def reference(stream: bytes) -> tuple[list[tuple[bytes, int]], bytes]:
