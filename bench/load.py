@@ -7,6 +7,7 @@ requests or events, so that neither runs ahead of the other.
 
 import asyncio
 import gc
+import math
 import sys
 import time
 from collections import Counter
@@ -186,6 +187,8 @@ async def many_streams(
 ) -> dict[str, Any]:
     """So many streams at once, all together at a fixed rate of events: what their number costs."""
     interval_ms = streams * 1000 / rate
+    # Whole intervals: who took long to open them has their events unevenly spread over one.
+    window_s = math.ceil(window_s * 1000 / interval_ms) * interval_ms / 1000
     base = asdict(probes.memory(target.pid))
     run = Streams(target, 1, interval_ms)
     began = time.monotonic()
