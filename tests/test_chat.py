@@ -154,6 +154,7 @@ def test_what_costs_more_than_tokens_is_refused_unless_switched_on(
             ({name: "x_1"}, name)
             for name in (
                 *("previous_response_id", "conversation", "prompt", "item_reference", "file_id"),
+                *("container", "thread", "thread_id"),
             )
         ),
         ({"prompt": {"id": "pmpt_1"}}, "prompt"),

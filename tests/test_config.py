@@ -1038,6 +1038,14 @@ def test_a_chain_of_chains_is_refused_and_so_is_an_empty_one(
     assert said in refusal(file, f"{THREE}{text}")[0]
 
 
+def test_each_bad_entry_of_a_chain_is_told(file: Path) -> None:
+    chain = '["gemni", "gemini", 1, "nope", { provider = "openai", weight = -1 }, { model = "x" }]'
+    lines = refusal(file, f"{THREE}[models.m]\nchain = {chain}\n")
+    said = ('"gemni"', "entry 3 is", '"nope"', "entry 5: weight", "entry 6 needs")
+    assert len(lines) == len(said)
+    assert all(words in line for words, line in zip(said, lines, strict=True))
+
+
 def test_a_negative_weight_is_refused(file: Path) -> None:
     text = f'{THREE}[models.m]\nchain = [{{ provider = "gemini", weight = -1 }}]\n'
     (line,) = refusal(file, text)

@@ -476,6 +476,24 @@ async def test_when_all_fail_the_last_one_is_told(
     assert failed["reason"] == "status_429"
 
 
+async def test_the_time_of_a_provider_that_failed_is_not_ours(
+    both: Front, upstream: Upstream
+) -> None:
+    async def script(wire: Wire, received: Received) -> None:
+        await asyncio.sleep(0.1)
+        await wire.answer(b"{}", "503 No")
+
+    upstream.script = script
+    response = await both.chat(both_chat(False))
+    told = re.fullmatch("gw;dur=(.+), up;dur=(.+)", response.headers["Server-Timing"])
+    line = await both.gateway.request_line()
+    failed_ms = line["attempts"][0]["duration_ms"]
+    assert failed_ms >= 100
+    assert told is not None
+    for ours_ms, theirs_ms in (told.groups(), (line["gateway_ms"], line["upstream_ms"])):
+        assert float(ours_ms) + failed_ms + float(theirs_ms) <= line["duration_ms"]
+
+
 async def test_a_date_to_come_back_at_is_told_in_seconds(front: Front, upstream: Upstream) -> None:
     upstream.script = refuses(
         f"429 Too Many\r\nRetry-After: {formatdate(time.time() + 40, usegmt=True)}"

@@ -163,7 +163,8 @@ def test_the_line_of_a_request_says_all_that_is_known_of_it() -> None:
     second.status, second.duration_s = 200, 1.25
     trace.attempts += [first, second]
     trace.provider, trace.provider_model = "openai", "gpt-4o"
-    trace.sent_at, trace.first_byte_at, trace.ended_at = 10.5, 10.75, 12.0
+    trace.gateway_s, trace.began_at = 0.25, 10.75
+    trace.first_byte_at, trace.ended_at = 11.0, 12.0
     trace.status, trace.outcome, trace.source = 200, "completed", "provider"
     trace.tokens, trace.cost_nanos, trace.price_version = (5, 1, 2, 7, 3), 12_345, "2026-11"
     trace.log_id = "01JX"
@@ -171,7 +172,7 @@ def test_the_line_of_a_request_says_all_that_is_known_of_it() -> None:
     assert datetime.fromisoformat(line.pop("time"))
     assert line == {
         **{"level": "info", "event": "request", "request_id": "req_1", "route": "chat"},
-        **{"status": 200, "duration_ms": 2000.0, "gateway_ms": 500.0, "upstream_ms": 250.0},
+        **{"status": 200, "duration_ms": 2000.0, "gateway_ms": 250.0, "upstream_ms": 250.0},
         **{"user_id": "alice", "org_id": "acme", "key_id": "key_1", "model": "auto"},
         **{"stream": True, "provider": "openai", "cf_aig_log_id": "01JX"},
         "attempts": [

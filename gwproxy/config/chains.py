@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from gwproxy.config.parsers import whole
 from gwproxy.config.problems import Wrong, kind, nearest, show
-from gwproxy.config.values import Raw
+from gwproxy.config.values import Place, Raw
 
 CHAIN_LIMIT: Final = 32
 
@@ -24,36 +24,48 @@ class Link:
     weight: int
 
 
-def chain(raw: Raw) -> tuple[Link, ...]:
-    cure = 'write chain = ["gemini", { provider = "openai", model = "gpt-4o-mini", weight = 1 }]'
+_CURE: Final = (
+    'write chain = ["gemini", { provider = "openai", model = "gpt-4o-mini", weight = 1 }]'
+)
+
+
+def chain(raw: Raw) -> tuple[Link | Wrong, ...]:
+    """Entries that are none stand for themselves: who has several wants to read of all at once."""
     entries = raw.value
     if raw.variable is not None:
-        entries = _list_from_text(raw.text(), cure)
+        entries = _list_from_text(raw.text(), _CURE)
     if not isinstance(entries, list) or not entries:
-        raise Wrong("must be a list with at least one provider", cure)
+        raise Wrong("must be a list with at least one provider", _CURE)
     if len(entries) > CHAIN_LIMIT:
         raise Wrong(f"has more than {CHAIN_LIMIT} entries", "shorten it")
-    links: list[Link] = []
+    links: list[Link | Wrong] = []
     for number, entry in enumerate(entries, start=1):
-        if isinstance(entry, str):
-            entry = {"provider": entry}
-        if not isinstance(entry, dict):
-            raise Wrong(f"entry {number} is {kind(entry)}", cure)
-        for key in entry.keys() - {"provider", "model", "weight"}:
-            near = nearest(key, ("provider", "model", "weight"))
-            raise Wrong(
-                f"entry {number} has an unknown key {show(key)}",
-                f'did you mean "{near}"?' if near else "known are provider, model and weight",
-            )
-        provider, model = entry.get("provider"), entry.get("model")
-        if not isinstance(provider, str) or not isinstance(model, str | None) or model == "":
-            raise Wrong(f"entry {number} needs a provider's name as text", cure)
         try:
-            weight = whole(0, 1_000_000)(Raw(entry.get("weight", 0), None, raw.place))
+            links.append(_link(entry, raw.place))
         except Wrong as wrong:
-            raise Wrong(f"entry {number}: weight {wrong.what}", wrong.cure) from None
-        links.append(Link(provider, model, weight))
+            links.append(Wrong(f"entry {number}{wrong.what}", wrong.cure))
     return tuple(links)
+
+
+def _link(entry: object, place: Place) -> Link:
+    if isinstance(entry, str):
+        return Link(entry, None, 0)
+    if not isinstance(entry, dict):
+        raise Wrong(f" is {kind(entry)}", _CURE)
+    for key in entry.keys() - {"provider", "model", "weight"}:
+        near = nearest(key, ("provider", "model", "weight"))
+        raise Wrong(
+            f" has an unknown key {show(key)}",
+            f'did you mean "{near}"?' if near else "known are provider, model and weight",
+        )
+    provider, model = entry.get("provider"), entry.get("model")
+    if not isinstance(provider, str) or not isinstance(model, str | None) or model == "":
+        raise Wrong(" needs a provider's name as text", _CURE)
+    try:
+        weight = whole(0, 1_000_000)(Raw(entry.get("weight", 0), None, place))
+    except Wrong as wrong:
+        raise Wrong(f": weight {wrong.what}", wrong.cure) from None
+    return Link(provider, model, weight)
 
 
 def _list_from_text(text: str, cure: str) -> list[Any]:

@@ -217,6 +217,9 @@ class Reader(Tree):
                 continue
             chain: list[ChainEntry] = []
             for link in self.table("models.*", name).get("chain", ()):
+                if isinstance(link, Wrong):
+                    self.problem(f"{path}.chain", link.what, link.cure)
+                    continue
                 try:
                     entry = self._entry(link, providers)
                 except Wrong as no_provider:
@@ -246,7 +249,7 @@ class Reader(Tree):
         while other and other not in way:
             way.append(other)
             links = self.table("models.*", other).get("chain", ())
-            names = [link.provider for link in links]
+            names = [link.provider for link in links if isinstance(link, Link)]
             other = next((each for each in names if each in self.branch("models")), "")
         if other == name:
             what = f"leads in a circle: {' -> '.join([*way, name])}"

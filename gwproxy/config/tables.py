@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, Final, get_type_hints
 
 from gwproxy.config import addresses, chains, parsers, secrets
+from gwproxy.config.problems import Wrong
 from gwproxy.config.values import Listen, Parse, Secret
 from gwproxy.core.money import Nanos, parse_usd
 from gwproxy.core.routing import COMPAT, OPENAI, REST
@@ -117,7 +118,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ModelTable:
-    chain: Annotated[tuple[chains.Link, ...], chains.chain]
+    chain: Annotated[tuple[chains.Link | Wrong, ...], chains.chain]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

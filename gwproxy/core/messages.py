@@ -60,7 +60,7 @@ _CLIENT_TOOLS = re.compile(r"custom|(?:bash|text_editor|memory)_[0-9]+")
 _HOSTED_BLOCKS = re.compile(r"server_tool_use|mcp_tool_use|[a-z_]+_tool_result")
 """What the tools that run upstream have left in a conversation; `tool_result` is the client's."""
 
-_STATE = ("container", "thread", "diagnostics", "fallback_credit_token", "billing_policy")
+_STATE = ("diagnostics", "fallback_credit_token", "billing_policy")
 """More of what points at state kept upstream: `diagnostics` compares with an earlier request's
 prompt, the last two with what somebody was billed."""
 

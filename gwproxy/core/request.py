@@ -40,7 +40,10 @@ FEATURES: Final[tuple[Feature, ...]] = get_args(Feature)
 
 FREE_TIERS = frozenset({"auto", "default", "standard_only"})
 
-OTHERS_STATE = ("previous_response_id", "conversation", "prompt", "item_reference", "file_id")
+OTHERS_STATE = (
+    *("previous_response_id", "conversation", "prompt", "item_reference", "file_id"),
+    *("container", "thread", "thread_id"),
+)
 """Fields that point at state kept upstream, where all tenants share one account."""
 
 OTHER_PRICE = "only a cache of 5 minutes has a price"

@@ -43,7 +43,10 @@ class Trace:
     """Candidates that were passed over, each with the reason."""
     wait_s: float = math.inf
     """When the first of them may be asked again."""
-    sent_at: float = 0.0
+    gateway_s: float = 0.0
+    """Our own time, until the last attempt began: what earlier ones took is their providers'."""
+    began_at: float = 0.0
+    """When that one did."""
     first_byte_at: float = 0.0
     ended_at: float = 0.0
     status: int = 0
@@ -68,7 +71,7 @@ class Trace:
 
     def json(self) -> str:
         """The members of the log line, as JSON without its braces."""
-        started, sent, tokens = self.started, self.sent_at, self.tokens
+        started, tokens = self.started, self.tokens
         who = self.principal or _NOBODY
         stream = attempts = gateway_ms = upstream_ms = None
         if self.model:
@@ -84,8 +87,8 @@ class Trace:
                 for one in self.attempts
             ]
         if self.first_byte_at:
-            gateway_ms = int((sent - started) * _CUT) / 100
-            upstream_ms = int((self.first_byte_at - sent) * _CUT) / 100
+            gateway_ms = int(self.gateway_s * _CUT) / 100
+            upstream_ms = int((self.first_byte_at - self.began_at) * _CUT) / 100
         line = _Line(
             self.request_id,
             self.route,

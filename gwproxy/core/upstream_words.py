@@ -437,12 +437,13 @@ _DATES = ("%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H
 def _retry_after_s(headers: Mapping[str, str], at_s: float) -> int | None:
     """How long the upstream asks to be left alone, in whole seconds, rounded upwards; nonsense is
     not passed on. OpenAI's milliseconds say it more exactly than the header beside them."""
-    millis = headers.get("retry-after-ms", "")
-    if _is_number(millis):
-        return min(-(-int(millis) // 1000), _LONGEST_WAIT_S)
+    millis = _number(headers.get("retry-after-ms", ""))
+    if millis is not None:
+        return min(-(-millis // 1000), _LONGEST_WAIT_S)
     value = headers.get("retry-after", "")
-    if _is_number(value):
-        return min(int(value), _LONGEST_WAIT_S)
+    seconds = _number(value)
+    if seconds is not None:
+        return min(seconds, _LONGEST_WAIT_S)
     for form in _DATES:
         try:
             until_s = datetime.strptime(value, form).replace(tzinfo=UTC).timestamp()
@@ -452,8 +453,12 @@ def _retry_after_s(headers: Mapping[str, str], at_s: float) -> int | None:
     return None
 
 
-def _is_number(value: str) -> bool:
-    return value.isascii() and value.isdigit() and len(value) < 9
+def _number(value: str) -> int | None:
+    """Of however many digits: more than ten say nothing that a smaller number would not."""
+    if not value.isascii() or not value.isdigit():
+        return None
+    digits = value.lstrip("0")
+    return int(digits or "0") if len(digits) <= 10 else 10**10
 
 
 def _text(value: Any) -> str | None:

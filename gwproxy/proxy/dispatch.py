@@ -404,7 +404,9 @@ class Sending:
         head = endpoint.request_head(
             self._principal, trace, request, priced, number, body, cache=cache
         )
-        began = dispatch.now()
+        began = trace.began_at = dispatch.now()
+        trace.gateway_s = began - trace.started - sum(one.duration_s for one in trace.attempts)
+        trace.first_byte_at = 0.0
         record = Attempt(provider, candidate.model)
         trace.attempts.append(record)
         trace.provider, trace.provider_model = provider, candidate.model
@@ -430,7 +432,6 @@ class Sending:
                 reply.deadline = trace.started + dispatch.patience.total_s
                 self._reply = reply
                 reservation.sent()
-                trace.sent_at = reply.sent_at
                 connection.send(reply, head, body)
                 try:
                     await reply.decided

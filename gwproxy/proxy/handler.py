@@ -186,10 +186,10 @@ class ModelHandler:
     async def _relay(
         self, request: web.BaseRequest, reply: Reply, reservation: Reservation, trace: Trace
     ) -> web.StreamResponse:
-        ours_s, theirs_s = reply.sent_at - trace.started, 0.0
+        ours_s, theirs_s = trace.gateway_s, 0.0
         if reply.first_byte_at:  # else a stream that was committed before it said anything
-            theirs_s = reply.first_byte_at - reply.sent_at
-            self._metrics.ttfb(trace.provider).observe(theirs_s)
+            theirs_s = reply.first_byte_at - trace.began_at
+            self._metrics.ttfb(trace.provider).observe(reply.first_byte_at - reply.sent_at)
         if reply.events is None:
             reservation.settle()  # before its head goes out, so that the head shows it
         lines = (
