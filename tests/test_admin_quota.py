@@ -106,6 +106,22 @@ async def test_a_grant_of_which_nobody_knows_is_made_once_all_the_same(plane: Pl
     assert stands["limit_usd"] == "6.000000000"
 
 
+async def test_an_account_says_when_it_was_changed_itself_and_nobody_else(plane: Plane):
+    for user_id in ("ann", "bob", "cat"):
+        await plane.call("POST", "/admin/users", {"user_id": user_id})
+    for user_id in ("ann", "bob"):
+        plane.seconds[0] += 60
+        sent = {"amount_usd": "1", "reason": "x"}
+        await plane.call("POST", f"/admin/users/{user_id}/grants", sent)
+    shown = {}
+    for user_id in ("ann", "bob", "cat"):
+        _, stands, _ = await plane.call("GET", f"/admin/users/{user_id}/usage")
+        shown[user_id] = stands["last_update"]
+    assert shown["ann"].startswith("2027-01-15T08:01:00")
+    assert shown["bob"].startswith("2027-01-15T08:02:00")
+    assert shown["cat"] is None
+
+
 # -- the same request twice ----------------------------------------------------------------------
 
 

@@ -67,6 +67,22 @@ async def test_an_account_is_shown_as_it_stands_and_with_a_report_where_one_is_a
     assert (await ask(front, "organizations/none/usage", 404))["error"]["code"] == "not_found"
 
 
+async def test_a_caller_is_told_when_his_own_accounts_were_charged(
+    start_gateway: StartGateway, upstream: Upstream
+) -> None:
+    front = await start_gateway()
+    bobs = await make_key(front.client, "bob")
+    body = {"model": "mock/echo", "messages": [{"role": "user", "content": "Hi"}]}
+    assert (await front.chat(body)).status == 200
+    shown = {}
+    for key in (front.key, bobs):
+        answer = await front.client.get("/v1/usage", headers={"Authorization": f"Bearer {key}"})
+        for scope in (await answer.json())["scopes"]:
+            shown[key, scope["scope"]] = scope["last_update"]
+    assert shown[bobs, "key"] is shown[bobs, "user"] is None
+    assert shown[front.key, "key"] == shown[front.key, "user"] == shown[bobs, "org"] is not None
+
+
 async def test_a_report_has_what_was_settled_a_moment_before(
     start_gateway: StartGateway, upstream: Upstream
 ) -> None:

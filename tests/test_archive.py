@@ -231,7 +231,7 @@ async def test_a_month_moves_into_a_file_with_all_that_it_had(tmp_path: Path) ->
         [file] = office.files()
         found = check(OS_FILES, file)
         assert {(c[0], c[1], c[4], c[5], c[6], c[7]) for c in after["closed"]} == {
-            (*row, found.hash) for row in of_month(before["balance"], 1)
+            (*row[:5], found.hash) for row in of_month(before["balance"], 1)
         }
         there = lines(file)
         assert there[0]["k"] == "archive" and there[-1]["k"] == "end"

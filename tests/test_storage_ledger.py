@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from gwproxy.core.errors import StorageUnavailable
 from gwproxy.core.identity import ApiKey, Organization, Status, User
-from gwproxy.core.ledger import Request, State, apply
+from gwproxy.core.ledger import VOID, Request, State, apply
 from gwproxy.core.period import periods
 from gwproxy.core.records import Adjust, Admin, Alert, Close, Mark, decode
 from gwproxy.storage import directory
@@ -590,7 +590,7 @@ async def test_archived_lines_may_go_and_everything_still_adds_up(place):
     with pytest.raises(StorageUnavailable):
         await place.database.commit(lambda c: c.execute("DELETE FROM entry WHERE lsn > 3"))
     [balance] = await place.database.read("SELECT * FROM balance WHERE account = 'user:ann'")
-    assert tuple(balance) == ("user:ann", "2025-11", -5, 0, 0)
+    assert tuple(balance) == ("user:ann", "2025-11", -5, 0, 0, place.live.t)
 
 
 async def test_a_balance_too_old_to_be_in_memory_is_fetched_before_it_changes(place):
@@ -616,6 +616,19 @@ async def test_a_balance_too_old_to_be_in_memory_is_fetched_before_it_changes(pl
     )
     assert tuple(balance) == (367, 1)
     assert await verify(place.database) == []
+
+
+async def test_an_account_knows_when_it_was_last_charged_or_corrected_also_after_a_restart(place):
+    charged = place.live.t
+    place.live.settle(place.live.reserve("ann", 500), 400)
+    place.live.t += DAY
+    place.live.settle(place.live.reserve("ann", 500), 0, outcome=VOID)  # it counts nowhere
+    key = ("user:cat", "2025-11")
+    place.live.post(Adjust, accounts=(key,), delta=5, type="grant", actor="root", reason="")
+    await catch_up(place.writer())
+    state = await load_state(place.database, breathe=no_breath)
+    times = {account: state.balances[account, "2025-11"].t for account in ("user:ann", "user:cat")}
+    assert times == {"user:ann": charged, "user:cat": place.live.t}
 
 
 async def test_a_balance_that_was_archived_begins_anew_also_within_one_batch(place):
@@ -917,7 +930,7 @@ PLANTED = {
     "UPDATE balance SET spent = spent + 1 WHERE account = 'user:ann'": "spent and the sum",
     "UPDATE balance SET credited = 1 WHERE account = 'user:ann'": "credited and the sum",
     "DELETE FROM balance WHERE account = 'org:acme'": "spent and the sum",
-    "INSERT INTO balance VALUES ('user:zoe', '2025-11', 5, 0, 0)": "spent and the sum",
+    "INSERT INTO balance VALUES ('user:zoe', '2025-11', 5, 0, 0, 0)": "spent and the sum",
     "UPDATE balance SET count = 2 WHERE account = 'key:key_ann'": "the count of an account",
     "UPDATE balance SET count = -1 WHERE account = 'provider:openai'": "fewer requests than none",
     "UPDATE request SET cost = cost + 1 WHERE lsn = 1": "the cost of a request",

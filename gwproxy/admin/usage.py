@@ -17,7 +17,7 @@ from gwproxy.admin.query import Query, cursor_of, day_out
 from gwproxy.core.ledger import Account, Request
 from gwproxy.core.money import Nanos, format_usd
 from gwproxy.core.period import rfc3339
-from gwproxy.state.accounts import figures
+from gwproxy.state.accounts import figures, last_update
 from gwproxy.state.store import Store
 from gwproxy.storage import reports
 from gwproxy.storage.gateway_sums import Sum
@@ -167,6 +167,7 @@ class _Stands(msgspec.Struct, kw_only=True):
     request_count: int
     resets_at: ShownTime
     last_update: ShownTime | None
+    """When it was last charged, granted something or corrected; null: not this month."""
     report: Report | Unset = UNSET
 
 
@@ -279,7 +280,7 @@ class Usage:
         account = Account(f"{scope}:{of}", ledger.periods()[0], limit)
         shown = figures(ledger.state, account).json()
         del shown["scope"], shown["id"]
-        return {**shown, "last_update": rfc3339(ledger.state.t) if ledger.state.lsn else None}
+        return {**shown, "last_update": last_update(ledger.state, account)}
 
     # -- reports ---------------------------------------------------------------------------------
 

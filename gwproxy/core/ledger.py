@@ -48,9 +48,13 @@ Key = tuple[str, str]
 class Balance:
     """One account in one period. It may spend `limit + credited`."""
 
-    __slots__ = ("count", "credited", "held", "spent")
+    __slots__ = ("count", "credited", "held", "spent", "t")
 
-    def __init__(self, spent: int = 0, credited: int = 0, count: int = 0, held: int = 0) -> None:
+    def __init__(
+        self, spent: int = 0, credited: int = 0, count: int = 0, t: int = 0, held: int = 0
+    ) -> None:
+        """`t`: when it was last charged, granted something or corrected; 0: nobody knows."""
+        self.t = t
         self.spent = spent
         self.credited = credited
         self.count = count
@@ -278,6 +282,8 @@ def _settle(state: State, record: Settle) -> Touched:
         balance.held -= held.hold
         balance.spent += cost if first else _cost_on(held, hold, record)
         balance.count += counts
+        if counts:
+            balance.t = record.t
     return Touched(record, hold)
 
 
@@ -297,6 +303,7 @@ def _charges(record: Settle, hold: Hold) -> Iterator[Entry]:
 def _adjust(state: State, record: Adjust) -> Touched:
     for key in record.accounts:
         balance = state.balance(key)
+        balance.t = record.t
         if record.type == "grant":
             balance.credited += record.delta
         else:

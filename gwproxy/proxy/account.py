@@ -15,7 +15,7 @@ from gwproxy.core.money import format_rate, format_usd
 from gwproxy.core.period import rfc3339
 from gwproxy.core.trace import Trace
 from gwproxy.proxy.answer import json_answer
-from gwproxy.state.accounts import Accounts, figures
+from gwproxy.state.accounts import Accounts, figures, last_update
 from gwproxy.state.keyring import Keyring
 from gwproxy.state.ledger import Ledger
 from gwproxy.state.outage import Outage
@@ -65,11 +65,13 @@ class AccountHandler:
         organization = self._keyring.organization_of(principal)
         degraded = self._outage.lost and self._accounts.terms.serves_open(organization)
         payer = self._accounts.payer(principal, ledger.periods(), degraded=degraded)
-        updated = rfc3339(ledger.state.t) if ledger.state.lsn else None
         return json_answer(
             {
                 "scopes": [
-                    {**figures(ledger.state, account).json(), "last_update": updated}
+                    {
+                        **figures(ledger.state, account).json(),
+                        "last_update": last_update(ledger.state, account),
+                    }
                     for account in payer.accounts
                 ],
                 "requests": [_line(each) for each in ledger.recent.of_key(principal.key_id, LAST)],

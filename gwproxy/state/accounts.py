@@ -236,6 +236,12 @@ def figures(state: State, account: Account) -> Figures:
     )
 
 
+def last_update(state: State, account: Account) -> str | None:
+    """When it was last charged, granted something or corrected; None: not in this period."""
+    balance = state.balances.get((account.name, account.period), _UNUSED)
+    return rfc3339(balance.t) if balance.t else None
+
+
 def tightest(state: State, accounts: tuple[Account, ...]) -> Figures:
     """How the account with the least remaining stands; without any limit, the user's own."""
     if len(accounts) == 1:

@@ -193,7 +193,7 @@ async def load_state(
     since = loaded_since(mark.t)
     rows = partial(_rows, database, breathe)
     async for period, account, *figures in rows(
-        "SELECT period, account, spent, credited, count FROM balance"
+        "SELECT period, account, spent, credited, count, t FROM balance"
         " WHERE (period, account) > (?, ?) ORDER BY period, account",
         (since, ""),
     ):
@@ -237,7 +237,7 @@ async def fetch_balance(database: Tables, state: State, key: Key) -> None:
     account, period = key
     found = await database.run(
         lambda c: c.execute(
-            "SELECT spent, credited, count FROM balance WHERE period = ? AND account = ?",
+            "SELECT spent, credited, count, t FROM balance WHERE period = ? AND account = ?",
             (period, account),
         ).fetchone()
     )
@@ -387,9 +387,9 @@ _CHANGE_HOLD: Final = """
     UPDATE hold SET attempt = ?3, holds = ?4, mark = ?5, tokens = ?6 WHERE reservation = ?1"""
 _put_balances: Final = _Insert(
     "balance",
-    "account period spent credited count",
-    "ON CONFLICT (period, account) DO UPDATE"
-    " SET spent = excluded.spent, credited = excluded.credited, count = excluded.count",
+    "account period spent credited count t",
+    "ON CONFLICT (period, account) DO UPDATE SET spent = excluded.spent,"
+    " credited = excluded.credited, count = excluded.count, t = excluded.t",
 )
 _PUT_ALERT: Final = "INSERT INTO alert VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
 _PUT_BREAKER: Final = "INSERT OR REPLACE INTO breaker VALUES (?, ?, ?, ?, ?, ?, ?)"
@@ -566,7 +566,7 @@ def _hold_row(reservation: int, hold: Hold) -> tuple[Any, ...]:
 
 
 def _balance_row(key: Key, balance: Balance) -> tuple[Any, ...]:
-    return (*key, balance.spent, balance.credited, balance.count)
+    return (*key, balance.spent, balance.credited, balance.count, balance.t)
 
 
 def _json(values: Iterable[Any] | None) -> str | None:
