@@ -277,6 +277,18 @@ def test_a_refusal_where_nothing_would_fit(office: Office) -> None:
     )
 
 
+def test_a_refusal_at_the_bound_of_an_outage_says_that_it_may_be_over_soon(office: Office) -> None:
+    outage = Account("outage:acme", DAY, USD)
+    spent = state(outage=Balance(spent=USD))
+    error = office.accounts.refuse(spent, (*of(office), outage), USD, 0, NOW_MS)
+    assert error.message == (
+        "What your organization may spend while the gateway's database is away is used up: "
+        "1.00 USD spent and 0.00 USD held of 1.00. As soon as the database is back, the usual "
+        f"budgets hold again, and this one does not count; otherwise it starts anew at {TOMORROW}."
+    )
+    assert error.headers == {"x-should-retry": "false"}
+
+
 def test_a_budget_that_a_prompt_alone_is_too_much_for_is_not_called_used_up(
     office: Office,
 ) -> None:

@@ -1,6 +1,7 @@
 """The books: what is let in and at what price, that no budget is overdrawn, and who pays."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from gwproxy.core.errors import (
     RateLimited,
     StorageUnavailable,
 )
-from gwproxy.core.identity import ApiKey, FailureMode, UnboundedPolicy, User
+from gwproxy.core.identity import ApiKey, FailureMode, OnExhausted, UnboundedPolicy, User
 from gwproxy.core.ledger import State
 from gwproxy.core.period import end_ms
 from gwproxy.core.records import Adjust, Alert, AnyRecord, Reserve, Settle
@@ -921,6 +922,79 @@ def test_a_stream_of_an_outage_extends_its_hold_there_too(office: Office) -> Non
     reservation.outcome = Outcome.CUT
     ends(reservation)
     assert office.balance("outage:acme", DAY)[0] <= 3_000 * OUTPUT
+    office.assert_in_order()
+
+
+LENIENT = [{"on_exhausted": OnExhausted.FINISH}, {"unbounded_policy": UnboundedPolicy.BOUNDED}]
+
+
+@pytest.mark.parametrize("policy", LENIENT, ids=str)
+def test_no_policy_takes_a_stream_past_the_bound_of_an_outage(
+    office: Office, policy: dict[str, Any]
+) -> None:
+    bound = 3_000 * OUTPUT
+    office.accounts.terms = Terms(failure_mode=FailureMode.OPEN, outage_daily=bound)
+    office.change_organization(**policy)
+    office.outage.lost = True
+    one, other = office.reserve(), office.reserve()
+    answered(one)
+    answered(other)
+    for reservation in (one, other):
+        with pytest.raises(InsufficientQuota) as caught:
+            for _ in range(4_000):
+                relays(reservation, 1)
+        assert caught.value.scope == "outage"
+        reservation.outcome = Outcome.CUT
+    # The outage is over, and what it has let in goes by its bound to the end.
+    office.outage.lost = False
+    ends(one)
+    ends(other)
+    assert bound - 10 * OUTPUT < office.balance("outage:acme", DAY)[0] <= bound
+    office.assert_in_order()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("policy", LENIENT, ids=str)
+def test_of_many_at_once_none_goes_past_the_bound_of_an_outage(
+    office: Office, policy: dict[str, Any], stream: bool
+) -> None:
+    bound = 3_000 * OUTPUT
+    office.accounts.terms = Terms(failure_mode=FailureMode.OPEN, outage_daily=bound)
+    office.change_organization(**policy)
+    office.teach(64)
+    office.outage.lost = True
+    running = []
+    for _ in range(6):
+        with contextlib.suppress(InsufficientQuota):
+            running.append(office.reserve(stream=stream))
+    assert running
+    for reservation in running:
+        meter = answered(reservation)
+        if stream:
+            with contextlib.suppress(InsufficientQuota):
+                for _ in range(2_000):
+                    relays(reservation, 1)
+            reservation.outcome = Outcome.CUT
+        else:
+            # No provider gives more than the maximum that it was sent, or has of its own.
+            uses(meter, min(2_000, reservation.plan.lowered or 8_000))
+        ends(reservation)
+    assert office.balance("outage:acme", DAY)[0] <= bound
+    office.assert_in_order()
+
+
+def test_a_later_attempt_keeps_to_the_bound_of_an_outage_too(office: Office) -> None:
+    bound = 3_000 * OUTPUT
+    office.accounts.terms = Terms(failure_mode=FailureMode.OPEN, outage_daily=bound)
+    office.change_organization(unbounded_policy=UnboundedPolicy.BOUNDED)
+    office.teach(64)
+    office.outage.lost = True
+    reservation = office.reserve("a/cheap", "d/unknown", stream=False)
+    unanswered(reservation)
+    later = at_once(reservation.next(reservation.chain[1], "failed"))
+    assert later is not None and not later.plan.grows
+    assert later.plan.lowered == later.plan.output
+    ends(reservation)
     office.assert_in_order()
 
 

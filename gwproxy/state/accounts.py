@@ -3,14 +3,21 @@ figures what is left on them. Reads the keyring and the ledger's state, changes 
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Final
 
 import msgspec
 
 from gwproxy.core.errors import InsufficientQuota
-from gwproxy.core.identity import FailureMode, Organization, Principal, Status
+from gwproxy.core.identity import (
+    FailureMode,
+    OnExhausted,
+    Organization,
+    Principal,
+    Status,
+    UnboundedPolicy,
+)
 from gwproxy.core.ledger import Account, Balance, State
 from gwproxy.core.limits import Limit, limits_of
 from gwproxy.core.money import format_usd, format_usd_short
@@ -93,6 +100,7 @@ class Payer(msgspec.Struct, frozen=True, gc=False):
     version: int
     month: str
     organization: Organization
+    """In an outage without the policies that would pass its bound."""
     limits: tuple[Limit, ...]
     """Of requests, tokens and open calls."""
     accounts: tuple[Account, ...]
@@ -150,7 +158,10 @@ class Accounts:
         limit = self.terms.outage_limit(organization)
         account = Account(f"outage:{organization.org_id}", day, limit)
         return msgspec.structs.replace(
-            payer, accounts=(*payer.accounts, account), limited=(*payer.limited, account)
+            payer,
+            organization=_bounded(organization),
+            accounts=(*payer.accounts, account),
+            limited=(*payer.limited, account),
         )
 
     def exposure(self, state: State, day: str) -> int:
@@ -189,8 +200,14 @@ class Accounts:
                 f"{whose} {state_of_it}: {format_usd_short(found.spent)} USD spent and "
                 f"{format_usd_short(found.held)} USD held of {format_usd_short(found.limit)}."
             )
+        anew = f"It starts anew at {rfc3339(resets_at)}."
+        if scope == "outage":
+            anew = (
+                "As soon as the database is back, the usual budgets hold again, and this one does "
+                f"not count; otherwise it starts anew at {rfc3339(resets_at)}."
+            )
         return InsufficientQuota(
-            f"{message} It starts anew at {rfc3339(resets_at)}.",
+            f"{message} {anew}",
             scope=scope,
             code="request_exceeds_remaining" if fits else None,
             retry_after_s=max(1, -(-(resets_at - now_ms) // 1000)),
@@ -214,6 +231,15 @@ _WHOSE = {
     "provider": "Today's budget of the model's provider",
     "outage": "What your organization may spend while the gateway's database is away",
 }
+
+
+def _bounded(organization: Organization) -> Organization:
+    """As it is in an outage, whose bound is the operator's: nothing may cost more than is held, so
+    that the policies that allow for an overrun are the usual ones."""
+    policy = organization.unbounded_policy
+    if policy is UnboundedPolicy.BOUNDED:
+        policy = UnboundedPolicy.CLAMP
+    return replace(organization, unbounded_policy=policy, on_exhausted=OnExhausted.CUT)
 
 
 def figures(state: State, account: Account) -> Figures:

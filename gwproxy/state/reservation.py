@@ -211,7 +211,7 @@ class Reservation(msgspec.Struct, eq=False):
         found = plan(
             priced.ask,
             priced.rate,
-            self.organization.unbounded_policy,
+            self._payer().organization.unbounded_policy,
             self._room(hold, account),
             accounts.terms.default_max_output_tokens,
         )
@@ -292,9 +292,10 @@ class Reservation(msgspec.Struct, eq=False):
         if bound < most:
             self._set_mark(hold, account, min(wanted, most), raising=True)
             return
+        organization = self._payer().organization
         if (
-            self.organization.on_exhausted is OnExhausted.FINISH
-            or self.organization.unbounded_policy is UnboundedPolicy.BOUNDED
+            organization.on_exhausted is OnExhausted.FINISH
+            or organization.unbounded_policy is UnboundedPolicy.BOUNDED
         ):
             self._set_mark(hold, account, wanted)
             return

@@ -26,8 +26,8 @@ from tests.simulator.upstream import TARIFFS, Call, family, prompt_of
 
 PROVIDERS = {name: Provider(name, name, name) for name in ("alpha", "beta", "gamma")}
 
-ORGS = {
-    "open": {"failure_mode": FailureMode.OPEN, "on_exhausted": OnExhausted.CUT},
+ORGS: dict[str, dict[str, Any]] = {
+    "open": {"failure_mode": FailureMode.OPEN},
     "shut": {"failure_mode": FailureMode.CLOSED, "unbounded_policy": UnboundedPolicy.STRICT},
     "loose": {
         "failure_mode": FailureMode.OPEN,
@@ -56,6 +56,12 @@ async def directory(life: Life) -> None:
             for org_id, fields in ORGS.items():
                 if keyring.organization(org_id) is None:
                     budget = random.choice((None, 3 * USD, 12 * USD))
+                    if org_id == "open":
+                        fields = {
+                            **fields,
+                            "on_exhausted": random.choice([*OnExhausted]),
+                            "unbounded_policy": random.choice([*UnboundedPolicy]),
+                        }
                     await admin.create_organization(
                         org_id=org_id,
                         monthly_budget=budget,
@@ -327,6 +333,7 @@ async def converse(life: Life, reservation: Reservation, trace: Trace, prompt: i
         call.fate = "answering"
         reservation.answering()
         limit = planned.plan.lowered or reservation.quote.request.max_output_tokens
+        call.limit = limit
         if reservation.quote.request.stream:
             await relay(life, reservation, call, meter, limit)
         else:

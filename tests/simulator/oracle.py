@@ -254,6 +254,8 @@ class Oracle:
         """What each decision has to be like at the moment at which it is made."""
         kind, fold = record["k"], self.fold
         before: dict[Key, int] = {}
+        if kind == "mark":
+            self._look_at_mark(record)
         if kind == "reserve":
             month, day = periods_of(record["t"])
             for account, period, *_ in record["holds"]:
@@ -292,6 +294,17 @@ class Oracle:
             )
             if hold > was and limit is not None:
                 check(total <= limit, f"{account} {period} overrun: {total} of {limit}")
+
+    def _look_at_mark(self, record: dict[str, Any]) -> None:
+        """In an outage nothing is relayed above what is held, whatever the policies, unless the
+        upstream itself goes beyond the maximum that it was sent."""
+        reservation = self.fold.open.get(record["r"])
+        if reservation is None:
+            return  # the fold says so
+        calls = self.upstream.stories[reservation.id].calls
+        for account, _, hold, *_ in record.get("holds") or reservation.holds:
+            if account.startswith("outage:") and calls[-1].limit is None:
+                check(record["cost"] <= hold, f"mark {record['lsn']} is above", hold, account)
 
     def _limit(self, account: str) -> int | None:
         scope, _, name = account.partition(":")
@@ -379,6 +392,9 @@ class Oracle:
                 check(least <= ended.cost <= most, ended, "not", least, "to", most, story)
                 if ended.outcome == "cut":
                     check(ended.cost <= ended.holds[0][2], "cut, and above what was held:", ended)
+                if any(held[0].startswith("outage:") for held in ended.holds):
+                    seen = story.unbidden()
+                    check(seen <= ended.holds[0][2], "above what was held in an outage:", ended)
 
 
 def _difference(ours: dict[Key, Any], theirs: dict[Key, Any]) -> str:

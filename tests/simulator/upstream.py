@@ -66,6 +66,8 @@ class Call:
     """Of those, what the client got."""
     usage: tuple[int, int] | None = None
     """What the upstream told of it: prompt and output."""
+    limit: int | None = None
+    """The maximum that it was sent; None: none."""
     ended: str = ""
     """How the gateway saw it end: `finished`, `left`, `cut`, `truncated`, or empty."""
 
@@ -107,6 +109,17 @@ class Story:
         most = sum(call.cost() for call in self.calls)
         least = sum(call.least() if call.ended == "cut" else call.cost() for call in self.calls)
         return least, most
+
+    def unbidden(self) -> int:
+        """What could be seen of it costs this much, where no maximum was sent that an upstream
+        could go beyond, and its tokens are as many as the gateway counts."""
+        if any(call.limit is not None or TARIFFS[call.model].factor != 1000 for call in self.calls):
+            return 0
+        return sum(
+            price(call.model, call.prompt, call.said if call.ended == "finished" else call.relayed)
+            for call in self.calls
+            if call.fate != "refused"
+        )
 
 
 class Upstream:
