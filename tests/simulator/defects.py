@@ -13,6 +13,7 @@ from typing import Any, Final
 import msgspec
 
 import gwproxy.core.ledger as core
+import gwproxy.state.accounts as accounts
 import gwproxy.state.books as books
 import gwproxy.state.directory as directory
 import gwproxy.state.ledger as ledger
@@ -106,15 +107,14 @@ def _(stack: ExitStack) -> None:
 
 @defect("uncapped-outage", "an outage is paid from an account with a limit of its own")
 def _(stack: ExitStack) -> None:
-    of = Accounts.of
-    _instead(
-        stack,
-        Accounts,
-        "of",
-        lambda self, principal, organization, names, *, degraded=False: of(
-            self, principal, organization, names
-        ),
-    )
+    _instead(stack, Accounts, "_in_outage", lambda self, payer, day: payer)
+
+
+@defect(
+    "lenient-in-an-outage", "no policy passes the bound of an outage", 200, database_faults=True
+)
+def _(stack: ExitStack) -> None:
+    _instead(stack, accounts, "_bounded", lambda organization: organization)
 
 
 @defect(
