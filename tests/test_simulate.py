@@ -1,9 +1,11 @@
 """`gwproxy simulate`: what other limits, prices and chains would have made of calls."""
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+import orjson
 import pytest
 import pytest_asyncio
 from hypothesis import given
@@ -131,6 +133,57 @@ async def test_the_example_costs_what_the_plan_says(run: Shell) -> None:
     assert "$0.14725" in run.out
     assert "$0.00225" in run.out
     assert "In all it would be $0.1495." in run.out
+
+
+async def test_nothing_changed_is_what_the_ledger_has(run: Shell) -> None:
+    history = History(400, every=20)  # among them holds that a killed process left, and guesses
+    await history.write(run.folder)
+    month = periods(history.start)[0]
+    ledgers = await _as_charged(run)
+    assert (await _simulated(run, month))[:2] == (ledgers, ledgers)
+    (run.folder / "log.json").write_bytes(orjson.dumps(history.log()))
+    assert await run("reconcile", "--file", "log.json", "--apply") == 1
+    assert "corrected" in run.err, run.err
+    corrected = await _as_charged(run)
+    assert corrected != ledgers
+    was, would_be, otherwise = await _simulated(run, month)
+    assert (was, would_be) == (corrected, corrected)
+    assert 0 < otherwise < was
+    assert await run("simulate", "--month", month) == 0
+    assert "charged a hold, an estimate or a correction: kept so" in run.out
+    # The same price, written out, is no change; twice the price is twice all of it.
+    same = "openai/gpt-4o-mini=0.15,0.60"
+    assert (await _simulated(run, month, "--price", same))[1] == corrected
+    twice = await _simulated(run, month, "--price", "openai/gpt-4o-mini=0.30,1.20")
+    assert twice[1] == pytest.approx(2 * corrected, rel=1e-5)
+
+
+async def _as_charged(run: Shell) -> int:
+    assert await run("ledger", "show", "user:alice", "--json") == 0
+    return sum(int(row["spent_usd"].replace(".", "")) for row in run.json["data"])
+
+
+async def _simulated(run: Shell, month: str, *words: str) -> tuple[int, int, int]:
+    assert await run("simulate", "--month", month, "--json", *words) == 0, run.err
+    found = run.json
+    figures = (found["was_usd"], found["would_be_usd"], found["not_by_tokens"]["was_usd"])
+    was, would_be, otherwise = (int(figure.replace(".", "")) for figure in figures)
+    return was, would_be, otherwise
+
+
+@pytest.mark.parametrize(
+    ("stood", "would_be"), [(50, 200), (0, 100), (None, 100)], ids=["scaled", "free", "no price"]
+)
+def test_what_was_not_charged_by_tokens_is_scaled(stood: int | None, would_be: int) -> None:
+    made = [replace(call(0), by_tokens=False)]
+    assert simulate(made, Scenario(), same, lambda *_: stood).would_be == would_be
+    free = [replace(made[0], cost=0)]
+    assert simulate(free, Scenario(), same, lambda *_: stood).would_be == 0
+
+
+async def test_the_help_has_no_signs_of_its_making(run: Shell) -> None:
+    assert await run("simulate", "--help") == 0
+    assert "%" not in run.out
 
 
 async def test_a_month_of_the_ledger_under_other_terms(run: Shell) -> None:

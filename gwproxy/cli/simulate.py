@@ -46,7 +46,9 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
         "simulate",
         help="what other limits, prices or providers would have made of the calls there were",
         description="Goes through the calls of a month, of a file, or of an example (100 issues a "
-        "month, 1,000 tokens in and 500 out, 5 %% failing over), and changes nothing.",
+        "month, 1,000 tokens in and 500 out, one in twenty failing over), and changes nothing. "
+        "What was charged a hold, an estimate or a correction stays as charged, and is scaled "
+        "where its price or provider changes.",
     )
     parser.add_argument("--config", metavar="FILE", help="default: $GWPROXY_CONFIG, ./config.toml")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -73,7 +75,7 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
 def run(args: argparse.Namespace) -> int:
     try:
         config = load(find_config(args.config, os.environ), os.environ, catalogue=CATALOGUE)
-        book = _book(args, config)
+        stands, book = _book(config), _book(config, args)
         routes = build_routes(config, book)
         of_example = args.month is None and args.file is None
         scenario = Scenario(
@@ -88,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
             )
         asked: set[str] = set()
         price = _price(routes, book, asked)
-        outcome = _run(args, config, scenario, price)
+        standing = _price(routes, stands, set())
+        outcome = _run(args, config, scenario, price, standing)
     except (ConfigError, _Wrong) as error:
         say(str(error))
         return WRONG_USAGE
@@ -101,13 +104,15 @@ def run(args: argparse.Namespace) -> int:
     return FINE
 
 
-def _run(args: argparse.Namespace, config: Config, scenario: Scenario, price: Price) -> Outcome:
+def _run(
+    args: argparse.Namespace, config: Config, scenario: Scenario, price: Price, standing: Price
+) -> Outcome:
     if args.file is not None:
-        return simulate(_of_file(args.file), scenario, price)
+        return simulate(_of_file(args.file), scenario, price, standing)
     if args.month is None:
         today = datetime.now(UTC)
         start = int(datetime(today.year, today.month, 1, tzinfo=UTC).timestamp()) * 1000
-        return simulate(example(start, scenario.chain), scenario, price)
+        return simulate(example(start, scenario.chain), scenario, price, standing)
     try:
         start_ms(args.month)
     except ValueError:
@@ -115,7 +120,9 @@ def _run(args: argparse.Namespace, config: Config, scenario: Scenario, price: Pr
     with inspect.tables(config.storage.path) as tables:
         return asyncio.run(
             tables.run(
-                lambda c: simulate(_of_month(reports.settled(c, args.month)), scenario, price)
+                lambda c: simulate(
+                    _of_month(reports.as_charged(c, args.month)), scenario, price, standing
+                )
             )
         )
 
@@ -123,12 +130,15 @@ def _run(args: argparse.Namespace, config: Config, scenario: Scenario, price: Pr
 # -- the calls -------------------------------------------------------------------------------------
 
 
-def _of_month(requests: Iterable[Any]) -> Iterator[Call]:
-    for found in requests:
-        if found.cost:
+def _of_month(charged: Iterable[tuple[Any, int]]) -> Iterator[Call]:
+    for found, added in charged:
+        if found.cost or added:
             who = (found.user_id, found.org_id, found.key_id)
-            usage = Usage(*found.tokens)
-            yield Call(found.t, *who, found.provider, found.upstream_model, usage, found.cost)
+            usage, cost = Usage(*found.tokens), (found.cost or 0) + added
+            costly = sum(1 for tried in found.attempts if tried.cost)
+            by_tokens = not added and found.source != "estimated" and costly <= 1
+            place = (found.provider, found.upstream_model)
+            yield Call(found.t, *who, *place, usage, cost, by_tokens)
 
 
 def _of_file(path: Path) -> Iterator[Call]:
@@ -206,10 +216,13 @@ def _limits(written: Iterable[str]) -> dict[str, int]:
     return limits
 
 
-def _book(args: argparse.Namespace, config: Config) -> PriceBook:
+def _book(config: Config, args: argparse.Namespace | None = None) -> PriceBook:
+    """As prices are, or as `args` would have them."""
     overrides: dict[str, Mapping[str, object]] = {
         name: price.row() for name, price in config.prices.models.items()
     }
+    if args is None:
+        return PriceBook(assets.prices(), overrides)
     for text in args.price:
         name, equals, rates = text.rpartition("=")
         try:
@@ -315,6 +328,13 @@ def _tell(args: argparse.Namespace, outcome: Outcome, *, charged: bool) -> None:
     print("\n".join(table(rows)) or "No call would have been served.")
     before = f", and was {_usd(outcome.was)}" if charged else ""
     print(f"\nIn all it would be {_usd(outcome.would_be)}{before}.")
+    otherwise = outcome.otherwise
+    if charged and otherwise.calls:
+        print(
+            f"Of these {_usd(otherwise.would_be)} for {_count(otherwise.calls, 'call')} charged a "
+            "hold, an estimate or a correction: kept so, and scaled where a price or provider "
+            "changes."
+        )
     fullest = sorted(outcome.refused.items(), key=lambda one: -one[1].calls)
     for account, refused in fullest[:_MOST]:
         calls = _count(refused.calls, "call")
@@ -356,6 +376,11 @@ def _row(outcome: Outcome) -> dict[str, Any]:
         ],
         "was_usd": format_usd(outcome.was),
         "would_be_usd": format_usd(outcome.would_be),
+        "not_by_tokens": {
+            "calls": outcome.otherwise.calls,
+            "was_usd": format_usd(outcome.otherwise.was),
+            "would_be_usd": format_usd(outcome.otherwise.would_be),
+        },
         "refused": {
             "calls": refused.calls,
             "users": len(refused.users),

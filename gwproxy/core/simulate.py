@@ -26,6 +26,8 @@ class Call:
     usage: Usage
     cost: int | None
     """Nano-USD, as charged; None: nobody charged it."""
+    by_tokens: bool = True
+    """False: a hold, an estimate or a correction, which `usage` at a price does not come to."""
 
     def accounts(self) -> tuple[str, ...]:
         return f"key:{self.key_id}", f"user:{self.user_id}", f"org:{self.org_id}"
@@ -73,23 +75,33 @@ class Outcome:
     unpriced: dict[tuple[str, str], int] = field(default_factory=dict)
     limited: set[str] = field(default_factory=set)
     """The limits of which any call was."""
+    otherwise: Served = field(default_factory=Served)
+    """Of `served`, the calls that were not charged by their tokens."""
     was: int = 0
     would_be: int = 0
 
 
-def simulate(calls: Iterable[Call], scenario: Scenario, price: Price) -> Outcome:
-    """`calls` in the order of their time."""
+def simulate(
+    calls: Iterable[Call], scenario: Scenario, price: Price, standing: Price | None = None
+) -> Outcome:
+    """`calls` in the order of their time; `standing` is the price as it is, where another is asked
+    for."""
     outcome = Outcome()
+    standing = standing or price
     spent: dict[tuple[str, str], int] = {}
     for number, call in enumerate(calls):
         was = call.cost or 0
         outcome.was += was
         provider, model = _served_by(call, number, scenario)
-        cost = price(provider, model, call.usage, call.t)
-        if cost is None:
+        asked = price(provider, model, call.usage, call.t)
+        if asked is None:
             place = (provider, model)
             outcome.unpriced[place] = outcome.unpriced.get(place, 0) + 1
             cost = was
+        else:
+            stood = standing(call.provider, call.model, call.usage, call.t)
+            same = (provider, model) == (call.provider, call.model) and asked == stood
+            cost = _cost(call, asked, stood, same=same)
         month = periods(call.t)[0]
         outcome.limited.update(_limit_of(account, scenario.limits) for account in call.accounts())
         full = _full(call, cost, month, spent, scenario.limits)
@@ -101,14 +113,28 @@ def simulate(calls: Iterable[Call], scenario: Scenario, price: Price) -> Outcome
             continue
         for account in call.accounts():
             spent[account, month] = spent.get((account, month), 0) + cost
-        served = outcome.served.setdefault((provider, model), Served())
-        served.calls += 1
-        served.input += call.usage.input_total
-        served.output += call.usage.output
-        served.was += was
-        served.would_be += cost
+        by_place = outcome.served.setdefault((provider, model), Served())
+        for served in (by_place,) if call.by_tokens else (by_place, outcome.otherwise):
+            served.calls += 1
+            served.input += call.usage.input_total
+            served.output += call.usage.output
+            served.was += was
+            served.would_be += cost
         outcome.would_be += cost
     return outcome
+
+
+def _cost(call: Call, asked: int, stood: int | None, *, same: bool) -> int:
+    """What a call would cost, whose tokens would be `asked` and are `stood` as prices are now. What
+    nothing changes costs what was charged; what was not charged by its tokens is scaled."""
+    if call.cost is None:
+        return asked
+    if same:
+        return call.cost
+    if call.by_tokens or (not stood and call.cost):
+        return asked
+    # Upwards, as every charge is rounded.
+    return -(-call.cost * asked // stood) if stood else 0
 
 
 def _served_by(call: Call, number: int, scenario: Scenario) -> tuple[str, str]:

@@ -362,6 +362,19 @@ def settled(connection: sqlite3.Connection, month: str | None) -> Iterator[Reque
         yield _request(dict(row))
 
 
+def as_charged(connection: sqlite3.Connection, month: str) -> Iterator[tuple[Request, int]]:
+    """The settled requests of a month, each with what reconciliation added to its cost."""
+    corrected = dict(
+        connection.execute(
+            "SELECT reservation, sum(amount) FROM entry"
+            " WHERE period = ? AND type = 'reconcile' AND account LIKE 'key:%' GROUP BY 1",
+            (month,),
+        ).fetchall()
+    )
+    for request in settled(connection, month):
+        yield request, corrected.get(request.lsn, 0)
+
+
 def balances_at(
     connection: sqlite3.Connection, at_ms: int
 ) -> list[tuple[str, str, int, int, int, int]]:
