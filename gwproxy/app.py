@@ -249,6 +249,7 @@ class App:
                 keyring=keyring,
                 intake=intake,
                 routes=routes,
+                prices=prices,
                 books=books,
                 dispatch=dispatch,
                 providers=providers,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gwproxy.core.embeddings import MOST_INPUTS, EmbeddingsRequest
 from gwproxy.core.errors import InvalidRequest
 from tests.conftest import Front, StartGateway
-from tests.harness import ADMIN, Received, Upstream, Wire, bearer, make_key, tokenizer
+from tests.harness import ADMIN, Received, Upstream, Wire, bearer, chat, make_key, tokenizer
 from tests.sdk import PAIR, config, demo_upstream
 
 MODEL = "mock/echo"
@@ -227,6 +227,38 @@ async def test_no_more_is_admitted_than_the_budget_has_room_for(
     assert (error["code"], refused.headers["x-should-retry"]) == ("insufficient_quota", "false")
     assert not upstream.received
     assert (await embed(front, key, input=[1, 2, 3])).status == 200
+
+
+async def test_nobody_talks_to_embeddings_or_embeds_with_what_talks(
+    start_gateway: StartGateway, upstream: Upstream
+) -> None:
+    front = await start_gateway(
+        config=f"""
+[server]
+listen = "127.0.0.1:0"
+[admin]
+key = "env:GWPROXY_ADMIN_KEY"
+[upstream]
+base_url = "{upstream.url}"
+token = "env:UPSTREAM_TOKEN"
+[providers.openai]
+[prices.models."openai/own-embeddings"]
+input = 1
+output = 1
+"""
+    )
+    talks = await embed(front, model="openai/gpt-4o-mini")
+    embeds = await front.chat(chat(model="openai/text-embedding-3-small"))
+    for refused in (talks, embeds):
+        assert refused.status == 400
+        error = (await refused.json())["error"]
+        assert (error["param"], error["code"]) == ("model", "model_not_supported")
+        assert "GET /v1/models" in error["message"]
+    assert not upstream.received
+    # What the table does not know may be either.
+    await embed(front, model="openai/own-embeddings")
+    await front.chat(chat(model="openai/own-embeddings"))
+    assert len(upstream.received) == 2
 
 
 async def test_a_provider_without_embeddings_is_told_before_anything_is_held(

@@ -159,8 +159,14 @@ async def _run(args: argparse.Namespace, config: Config, command: Command, of_se
             return await command(args, _Server(config, None))
         except Stop as stop:
             if stop.code == UNREACHABLE:
-                raise Stop(UNREACHABLE, f"{stop} The database is busy: {in_use}") from in_use
+                raise Stop(UNREACHABLE, f"{stop} {in_use.fact} {_WAIT_FOR_IT}") from in_use
             raise
+
+
+_WAIT_FOR_IT: Final = (
+    "A server that is still starting answers soon, and another command ends: wait a moment and try "
+    "again. A server that listens elsewhere is named by --url."
+)
 
 
 def _exit_code(status: int) -> int:

@@ -19,6 +19,17 @@ _SPEECHLESS = re.compile(
 _TALKS = (Api.CHAT, Api.RESPONSES, Api.MESSAGES)
 
 
+def suits(api: Api, candidate: Candidate, rate: Rate | None) -> bool:
+    """Whether this model's kind allows for this API: nobody talks to one that makes embeddings, and
+    one whose output has a price makes none. A model that the table does not know may be either."""
+    if rate is None or not rate.listed_as:
+        return True
+    embeds = _EMBEDS.search(candidate.model.lower()) is not None
+    if api is Api.EMBEDDINGS:
+        return embeds or not any(tier.output for tier in rate.tiers)
+    return not embeds
+
+
 def apis_of(candidate: Candidate, rate: Rate) -> tuple[Api, ...]:
     """The APIs by which this candidate can be called; for a model that is priced by the operator
     his word counts for what its name would say."""

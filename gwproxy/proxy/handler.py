@@ -19,6 +19,8 @@ from gwproxy.core.errors import (
     ModelNotPriced,
 )
 from gwproxy.core.identity import OnClientGone, Principal
+from gwproxy.core.offers import suits
+from gwproxy.core.pricing import PriceBook
 from gwproxy.core.request import ModelRequest
 from gwproxy.core.routing import Candidate, Routes, ordered
 from gwproxy.core.trace import Trace
@@ -77,6 +79,7 @@ class ModelHandler:
         keyring: Keyring,
         intake: Intake,
         routes: Routes,
+        prices: PriceBook,
         books: Books,
         dispatch: Dispatch,
         providers: Providers,
@@ -89,6 +92,7 @@ class ModelHandler:
         self._api = api
         self._parse = parse
         self._routes = routes
+        self._prices = prices
         # Names are the callers' own: kept for those in use, and no more than that.
         self._resolve = functools.lru_cache(maxsize=1024)(self._candidates)
         self._books = books
@@ -123,9 +127,15 @@ class ModelHandler:
         able = tuple(
             candidate
             for candidate in chain
-            if path_of(self._api, candidate.provider.flavour, candidate.provider.prefix)
+            if self._has_api(candidate)
+            and suits(self._api, candidate, self._prices.rate_of(candidate))
         )
         return able, tuple(candidate for candidate in chain if candidate not in able)
+
+    def _has_api(self, candidate: Candidate) -> bool:
+        """Whether the provider has it."""
+        provider = candidate.provider
+        return path_of(self._api, provider.flavour, provider.prefix) is not None
 
     async def _quote(self, principal: Principal, call: ModelRequest, trace: Trace) -> Quote:
         allowed = principal.allowed_models
@@ -142,9 +152,14 @@ class ModelHandler:
         trace.model = call.model
         chain, unable = found
         if not chain:
+            why = (
+                f"This is no model for {self._api}. GET /v1/models lists each model's routes."
+                if any(self._has_api(each) for each in unable)
+                else f"This model's provider has no API for {self._api} here. "
+                "/v1/chat/completions serves every provider."
+            )
             raise InvalidRequest(
-                f"This model's provider has no API for {self._api} here. "
-                "/v1/chat/completions serves every provider.",
+                why,
                 param="model",
                 code="model_not_supported",
             )

@@ -88,6 +88,12 @@ class DatabaseRefused(Exception):
 class DatabaseInUse(DatabaseRefused):
     """Another process holds it: most often the running server."""
 
+    def __init__(self, path: Path, holder: locks.Held) -> None:
+        self.fact = f"{path}: in use by another process{holder}."
+        super().__init__(
+            f"{self.fact} Stop it first, or give this one a [storage] path of its own."
+        )
+
 
 class DatabaseGone(DatabaseRefused):
     """There is no file, or one that is no database: a backup may take its place."""
@@ -498,10 +504,7 @@ def lock(path: Path) -> int:
     try:
         return locks.take(lock_path)
     except locks.Held as holder:
-        raise DatabaseInUse(
-            f"{path}: in use by another process{holder}. "
-            "Stop it first, or give this one a [storage] path of its own."
-        ) from holder
+        raise DatabaseInUse(path, holder) from holder
     except FileNotFoundError as error:
         raise DatabaseRefused(
             f"{path.parent}: there is no such folder. Create it, or set [storage] path."

@@ -70,10 +70,7 @@ def claim(directory: Path) -> int:
         make_private(directory)
         return locks.take(directory / "lock")
     except locks.Held as holder:
-        raise JournalInUse(
-            f"{directory}: in use by another process{holder}. "
-            "Stop it first, or give this one a [storage] journal of its own."
-        ) from holder
+        raise JournalInUse(directory, holder) from holder
     except OSError as error:
         raise JournalRefused(f"{directory}: {error.strerror}. {CHECK_ACCESS}") from error
 

@@ -15,6 +15,7 @@ from zlib import crc32
 
 import msgspec
 
+from gwproxy.storage import locks
 from gwproxy.storage.files import Files
 
 VERSION: Final = 1
@@ -30,6 +31,12 @@ class JournalRefused(Exception):
 
 class JournalInUse(JournalRefused):
     """Another process holds it: most often the running server."""
+
+    def __init__(self, path: Path, holder: locks.Held) -> None:
+        self.fact = f"{path}: in use by another process{holder}."
+        super().__init__(
+            f"{self.fact} Stop it first, or give this one a [storage] journal of its own."
+        )
 
 
 class Corrupt(JournalRefused):
