@@ -63,6 +63,7 @@ class Case:
     finding: str = "equal"
     corrected: int | None = None
     """What it should cost in the end, where that changes."""
+    reasoning: int = 0
 
 
 def row(tokens: tuple[int, int] | None, **changes: Any) -> dict[str, Any]:
@@ -225,7 +226,7 @@ class History:
                 ledger.post(
                     Settle(
                         lsn=lsn + 1, t=t + 1, synced=0, r=lsn, cost=cost, source=case.source,
-                        tokens=(tokens[0], 0, 0, tokens[1], 0), outcome=case.outcome,
+                        tokens=(tokens[0], 0, 0, tokens[1], case.reasoning), outcome=case.outcome,
                         attempts=tried, status=200, rates=RATES if case.attempts else None,
                         log_id=name if known and number % 3 else "",
                     )
@@ -361,6 +362,11 @@ async def test_an_interrupted_run_goes_on_where_it_stopped(run: Shell, demo: Dem
     assert await run(*history.words()) == 1
     assert "took this machine for a bot" in run.err
     assert "goes on from there" in run.err
+    # A file in between, or one that is not there, takes nothing of that away.
+    assert await run("reconcile", "--file", "nowhere.json") == 2
+    (run.folder / "some.json").write_bytes(orjson.dumps(history.log()[:10]))
+    assert await run("reconcile", "--file", "some.json", "--json") == 0, run.err
+    assert counts(run.json) == Counter(equal=10)
     seen = len(demo.requests)
     assert await run("reconcile", "--json") == 0  # the same span, without being told
     assert "where it stopped" in run.err
@@ -464,6 +470,56 @@ async def test_the_doctors_questions_are_no_strangers(run: Shell, demo: DemoUpst
     ) == 0, run.out  # fmt: skip
     assert run.json["kinds"]["doctor"]["count"] >= 3
     assert "theirs_only" not in run.json["kinds"]
+    assert run.json["kinds"]["doctor"]["drift_nanos"] > 0
+    assert not any(run.json["drift_nanos"].values())  # what the alert is made of
+
+
+async def test_what_has_no_figures_yet_is_not_called_settled(
+    run: Shell, demo: DemoUpstream
+) -> None:
+    history = History(2, every=1000)
+    history.start = int(time.time() * 1000) - 3_000
+    await history.write(run.folder)
+    first, second = history.log()
+    demo.management.logs.plant([first, {**second, "tokens_in": 0, "tokens_out": 0, "cost": None}])
+    span = ("reconcile", "--from", stamp(history.start), "--to", stamp(history.start + 2_000))
+    assert await run(*span) == 1
+    assert "1 row without figures yet: run it again" in run.out
+    assert "Nothing is left" not in run.out and "agree" not in run.out
+    demo.management.logs.clear()
+    demo.management.logs.plant([first, second])
+    assert await run(*span) == 0, run.out
+    assert "Both sides agree." in run.out
+
+
+async def test_a_second_record_of_our_own_is_no_stranger(run: Shell, demo: DemoUpstream) -> None:
+    history = History(3, every=1000)
+    history.cases[1] = planted("billed twice", (100, 100))
+    await history.write(run.folder)
+    demo.management.logs.plant(history.log())
+    assert await run(*history.words()) == 1
+    assert "1 second record of attempts of ours" in run.out
+    assert "somebody uses the gateway" not in run.out
+
+
+async def test_one_request_is_told_of_as_one(run: Shell, demo: DemoUpstream) -> None:
+    history = History(3, every=1000)
+    history.cases[1] = planted("counted", (100, 100))
+    await history.write(run.folder)
+    demo.management.logs.plant(history.log())
+    assert await run(*history.words()) == 1
+    assert "1 request was charged an estimate and can get its real cost" in run.out
+
+
+async def test_reasoning_that_the_log_leaves_out_is_named(run: Shell, demo: DemoUpstream) -> None:
+    history = History(3, every=1000)
+    history.cases[1] = Case((100, 500), reasoning=400, rows=[row((100, 100))])
+    await history.write(run.folder)
+    demo.management.logs.plant(history.log())
+    assert await run(*history.words()) == 0, run.out
+    assert "leaves reasoning out, which the provider bills: of 1 equal line" in run.out
+    assert "(-$0.00024" in run.out
+    assert "explained above" in run.out
 
 
 async def test_an_empty_log_says_how_to_turn_it_on(run: Shell, demo: DemoUpstream) -> None:

@@ -198,7 +198,7 @@ async def test_figures_that_come_late_are_waited_for(bring_in: Bring, demo: Demo
         bring_in.api, "demo", bring_in.kept, START, START + HOUR,
         now_ms=lambda: START + HOUR, progress=lambda *_: None, sleep=look,
     )  # fmt: skip
-    assert fetched.late == []
+    assert fetched.late == {}
     [(found, _)] = bring_in.kept.unclaimed(START, START + HOUR)
     assert (found.input, found.cost) == (10, 0)
 

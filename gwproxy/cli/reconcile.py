@@ -119,7 +119,7 @@ def _run(args: argparse.Namespace, config: Config, since: int | None, until: int
         code = runs(_apply)(args)
         if code != FINE:
             return code
-        return DIFFERS if summary.unexplained else FINE
+        return DIFFERS if summary.unexplained or summary.unfinished else FINE
     return FINE if summary.agrees else DIFFERS
 
 
@@ -149,8 +149,11 @@ async def _compare(
     now_ms = int(time.time() * 1000)
     fetched = Fetched()
     if args.file is not None:
-        found = args.file.stat() if args.file.exists() else None
-        kept.begin(f"{args.file.absolute()} {found and (found.st_mtime_ns, found.st_size)}")
+        # Before anything is forgotten: a file that is not there says nothing.
+        found = _stat(args.file)
+        if _json(kept.note("about")):
+            kept.put_aside()
+        kept.begin(f"{args.file.absolute()} {found.st_mtime_ns, found.st_size}")
         first, last = bring(args.file, kept, fetched)
         begin = first - _ADMITTED_BEFORE_MS if since is None else since
         end = last + 1 if until is None else until
@@ -158,6 +161,7 @@ async def _compare(
         known = first, last + 1
     else:
         async with account(config) as (api, gateway, _):
+            kept.take_back()
             begin, end = _span(kept, f"{config.upstream.api_url} {gateway}", since, until, now_ms)
             oldest_ms = await oldest(api, gateway)
             fetched = await _fetch(args, api, gateway, kept, begin, end, now_ms)
@@ -197,13 +201,9 @@ def _span(
     begin = since if since is not None else end - _DAY_MS
     known_until = None
     before = _json(kept.note("about"))
-    if (
-        before.get("gateway") == gateway
-        and kept.note("done") is None
-        and since in (None, before["since"])
-        and until in (None, before["until"])
-    ):
-        if begin - before["until"] <= _TAKEN_IN_MS:
+    if before.get("gateway") == gateway and kept.note("done") is None:
+        asked = since in (None, before["since"]) and until in (None, before["until"])
+        if asked and begin - before["until"] <= _TAKEN_IN_MS:
             known_until = before["until"]
             begin, end = min(begin, before["since"]), max(end, before["until"])
         else:
@@ -219,6 +219,14 @@ def _span(
     if kept.begin(words, known_until=known_until):
         say(f"Going on with {rfc3339(begin)} to {rfc3339(end)} where it stopped.")
     return begin, end
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        with path.open("rb") as stream:
+            return os.fstat(stream.fileno())
+    except OSError as error:
+        raise ExportRefused(f"{path}: {error}") from error
 
 
 def _json(text: str | None) -> dict[str, Any]:
@@ -412,10 +420,16 @@ def _notes(args: argparse.Namespace, summary: Summary) -> Iterator[str]:
     if Kind.TOO_OLD in kinds and summary.oldest is not None:
         begins = rfc3339(summary.oldest)
         yield f"The log goes back to {begins}: reconcile more often than it forgets."
-    if Kind.THEIRS_ONLY in kinds:
+    if Kind.THEIRS_ONLY in kinds and kinds[Kind.THEIRS_ONLY].count > summary.again:
         yield (
             "Theirs only: somebody uses the gateway beside gwproxy, or the ledger was restored "
             "from a backup."
+        )
+    if summary.again:
+        yield (
+            f"{_count(summary.again, 'second record')} of attempts of ours, billed too: the "
+            "gateway tries by itself, or its log repeats. See --csv FILE, and turn its retries "
+            "off: gwproxy cloudflare gateways update ID --retries 1"
         )
     if Kind.PRICE_DIFFERS in kinds:
         yield (
@@ -423,27 +437,45 @@ def _notes(args: argparse.Namespace, summary: Summary) -> Iterator[str]:
             "theirs in the gateway's settings."
         )
     if fetched.missing:
-        yield f"The log held {fetched.missing:,} rows back: run it again."
+        yield f"The log held {_count(fetched.missing, 'row')} back: run it again."
     if fetched.unreadable:
-        yield f"{fetched.unreadable:,} rows of the log could not be read."
-    if fetched.late:
-        yield f"{len(fetched.late):,} rows have no figures yet: run it again in some minutes."
+        yield f"{_count(fetched.unreadable, 'row')} of the log could not be read."
+    if summary.late:
+        yield f"{_count(summary.late, 'row')} without figures yet: run it again in some minutes."
+    if summary.hidden.count:
+        yield (
+            f"The log leaves reasoning out, which the provider bills: of "
+            f"{_count(summary.hidden.count, 'equal line')} ours stands "
+            f"({_signed(summary.hidden.drift)})."
+        )
+    if Kind.NO_USAGE in kinds:
+        yield "No usage upstream: the log has no tokens there, so that what we counted stands."
     differing = sum(line.count for kind, line in kinds.items() if kind not in AGREED)
     if differing and args.csv is None:
         yield "The lines themselves: --csv FILE"
     if args.csv is not None:
         yield f"The lines are in {args.csv}."
     if summary.corrections and not args.apply:
+        one = summary.corrections == 1
         yield (
-            f"{summary.corrections:,} requests were charged an estimate and can get their real "
-            f"cost ({_signed(summary.delta)}): --apply"
+            f"{_count(summary.corrections, 'request')} {'was' if one else 'were'} charged an "
+            f"estimate and can get {'its' if one else 'their'} real cost "
+            f"({_signed(summary.delta)}): --apply"
         )
     if summary.agrees:
-        yield (
-            "Nothing is left to look into: what differs is explained above."
-            if summary.drifts or not kinds.keys() <= AGREED
-            else "Both sides agree."
-        )
+        if summary.hidden.count or not kinds.keys() <= AGREED:
+            yield "Nothing is left to look into: what differs is explained above."
+        elif summary.drifts:
+            yield (
+                "Nothing is left to look into: sums differ by lines that are not settled yet, or "
+                "where the log's estimate of a cost is not ours."
+            )
+        else:
+            yield "Both sides agree."
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _usd(amount: int) -> str:

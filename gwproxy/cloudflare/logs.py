@@ -53,8 +53,8 @@ class Fetched:
     unreadable: int = 0
     missing: int = 0
     """Rows that the API counted and never gave."""
-    late: list[str] = field(default_factory=list)
-    """Rows whose figures were not there yet."""
+    late: dict[str, int] = field(default_factory=dict)
+    """Rows whose figures were not there yet, and their times."""
 
 
 async def oldest(api: Api, gateway: str) -> int | None:
@@ -90,7 +90,7 @@ async def fetch(
             middle = (start + end) // 2
             spans += [(middle, end), (start, middle)]
             continue
-        fetched.late += _late(rows.values(), now_ms())
+        fetched.late |= _late(rows.values(), now_ms())
         # What is still to come is not there, however often it was asked for.
         whole = start, min(end, now_ms())
         book.put(rows.values(), whole if whole[0] < whole[1] else None)
@@ -146,7 +146,7 @@ async def _span(
 async def _wait_for_late(
     api: Api, gateway: str, book: Book, fetched: Fetched, sleep: Sleep
 ) -> None:
-    waiting = fetched.late[:_MOST_LATE]
+    waiting = [*islice(fetched.late, _MOST_LATE)]
     left_s = _LATE_WITHIN_S
     while waiting and left_s > 0:
         await sleep(_LATE_LOOK_S)
@@ -156,14 +156,16 @@ async def _wait_for_late(
             if row is not None and (row.cost is not None or row.has_usage):
                 book.put([row])
                 waiting.remove(log_id)
-                fetched.late.remove(log_id)
+                del fetched.late[log_id]
 
 
-def _late(rows: Iterable[Theirs], now_ms: int) -> Iterator[str]:
-    for row in rows:
-        young = now_ms - row.t < SETTLES_WITHIN_MS + (row.duration_ms or 0)
-        if young and row.success and not row.cached and row.cost is None and not row.has_usage:
-            yield row.id
+def _late(rows: Iterable[Theirs], now_ms: int) -> dict[str, int]:
+    return {
+        row.id: row.t
+        for row in rows
+        if now_ms - row.t < SETTLES_WITHIN_MS + (row.duration_ms or 0)
+        if row.success and not row.cached and row.cost is None and not row.has_usage
+    }
 
 
 def _between(start: int, end: int) -> list[dict[str, Any]]:

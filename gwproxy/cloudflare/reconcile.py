@@ -12,6 +12,7 @@ from gwproxy.cloudflare.logs import Fetched
 from gwproxy.core.period import rfc3339
 from gwproxy.core.reconcile import (
     EXPLAINED,
+    LEFT_OUT,
     Finding,
     Kind,
     Ours,
@@ -59,7 +60,11 @@ class Summary:
     """The first row that the log still has."""
     kinds: dict[Kind, Line] = field(default_factory=dict)
     drift: Counter[str] = field(default_factory=Counter)
-    """By provider."""
+    """By provider, of requests alone: nobody is charged for what the doctor asks."""
+    hidden: Line = field(default_factory=Line)
+    """Equal lines whose reasoning the log leaves out."""
+    again: int = 0
+    """Lines of theirs alone that are a second record of one of our attempts."""
     unexplained: int = 0
     """Lines that differ and that no correction puts right."""
     corrections: int = 0
@@ -70,8 +75,18 @@ class Summary:
 
     @property
     def agrees(self) -> bool:
-        """Whether there is nothing that somebody has to look into, or to apply."""
-        return not self.corrections and not self.unexplained
+        """Whether there is nothing that somebody has to look into, to apply, or to ask again."""
+        return not self.corrections and not self.unexplained and not self.unfinished
+
+    @property
+    def late(self) -> int:
+        """Rows of the span whose figures were not there yet; the margin's are nobody's concern."""
+        return sum(self.since <= t < self.until for t in self.fetched.late.values())
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the log has more to say of the span than it did."""
+        return bool(self.late or self.fetched.missing)
 
     @property
     def drifts(self) -> bool:
@@ -100,7 +115,7 @@ class Summary:
             "repeated": self.fetched.repeated,
             "unreadable": self.fetched.unreadable,
             "missing": self.fetched.missing,
-            "late": len(self.fetched.late),
+            "late": self.late,
         }
 
 
@@ -137,7 +152,9 @@ def settle(
         line = summary.kinds.setdefault(finding.kind, Line())
         line.add(finding)
         provider = ours.provider if ours else named(theirs.provider) if theirs else ""
-        if finding.theirs_cost is not None:
+        if finding.why == LEFT_OUT:
+            summary.hidden.add(finding)
+        if finding.theirs_cost is not None and finding.kind is not Kind.DOCTOR:
             summary.drift[provider] += finding.theirs_cost - finding.ours_cost
         sink(ours, theirs, finding)
 
@@ -163,6 +180,7 @@ def settle(
         for theirs, known in book.unclaimed(since, until):
             finding = unclaimed(theirs, known=known, now_ms=now_ms)
             summary.unexplained += finding.kind not in EXPLAINED
+            summary.again += known and finding.kind is Kind.THEIRS_ONLY
             note(None, theirs, finding)
     return summary
 

@@ -48,6 +48,8 @@ AGREED: Final = frozenset({Kind.EQUAL, Kind.CACHED, Kind.DOCTOR, Kind.TOO_OLD, K
 """Kinds that nobody has to look at."""
 EXPLAINED: Final = AGREED | {Kind.NO_USAGE}
 """And those that nobody can do anything about: where the log has no tokens, ours stand."""
+LEFT_OUT: Final = "the log leaves reasoning out"
+"""Why a line is equal whose costs are not."""
 DOCTOR: Final = "doctor-"
 """So the names begin that the doctor gives to its questions, which are in no ledger."""
 
@@ -216,7 +218,7 @@ def _both(ours: Ours, theirs: Theirs) -> Finding:
     if hidden and ours.rates is not None:
         # Their figures leave reasoning out, and so does their cost.
         expected -= hidden * ours.rates[3] // 1000
-        why = "the log leaves reasoning out"
+        why = LEFT_OUT
     if _near(theirs.cost, expected):
         return Finding(Kind.EQUAL, ours.cost, theirs.cost, why)
     return Finding(Kind.PRICE_DIFFERS, ours.cost, theirs.cost, "the same tokens at another price")

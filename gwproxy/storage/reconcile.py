@@ -49,6 +49,10 @@ CREATE TABLE IF NOT EXISTS ours (
 CREATE INDEX IF NOT EXISTS ours_by_log ON ours (log_id);
 CREATE INDEX IF NOT EXISTS ours_by_request ON ours (request_id, attempt);
 
+-- What an interrupted run has of the log, while an exported file is compared.
+CREATE TABLE IF NOT EXISTS aside_theirs AS SELECT * FROM theirs WHERE 0;
+CREATE TABLE IF NOT EXISTS aside_fetched AS SELECT * FROM fetched WHERE 0;
+
 CREATE TABLE IF NOT EXISTS pair (id TEXT PRIMARY KEY, line INTEGER NOT NULL) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS pair_by_line ON pair (line);
 
@@ -59,6 +63,7 @@ CREATE TABLE IF NOT EXISTS correction (
 """
 
 _LINES: Final = ("theirs", "fetched", "ours", "pair", "correction")
+_ASIDE: Final = ("theirs", "fetched")
 
 
 class BookRefused(Exception):
@@ -113,9 +118,33 @@ class Book:
                 return done is None
             for table in _LINES:
                 self._connection.execute(f"DELETE FROM {table}")
-            self._connection.execute("DELETE FROM about WHERE name <> 'last'")
+            self._connection.execute("DELETE FROM about WHERE name NOT IN ('last', 'aside')")
             self._put_note("about", about)
             return False
+
+    def put_aside(self) -> None:
+        """Keep what an unfinished run has of the log until `take_back`."""
+        with self._transaction():
+            about = self.note("about")
+            if about is None or self.note("done") is not None or self.note("aside") is not None:
+                return
+            for table in _ASIDE:
+                self._connection.execute(f"INSERT INTO aside_{table} SELECT * FROM {table}")
+            self._put_note("aside", about)
+
+    def take_back(self) -> None:
+        """Go back to the run that was put aside, as it was left."""
+        with self._transaction():
+            about = self.note("aside")
+            if about is None:
+                return
+            for table in _LINES:
+                self._connection.execute(f"DELETE FROM {table}")
+            for table in _ASIDE:
+                self._connection.execute(f"INSERT INTO {table} SELECT * FROM aside_{table}")
+                self._connection.execute(f"DELETE FROM aside_{table}")
+            self._connection.execute("DELETE FROM about WHERE name IN ('aside', 'done')")
+            self._put_note("about", about)
 
     def note(self, name: str) -> str | None:
         row = self._connection.execute("SELECT value FROM about WHERE name = ?", (name,)).fetchone()
