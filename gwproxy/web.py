@@ -86,7 +86,8 @@ class Router:
                     break
             else:
                 below = (route.api for route in self.routes if path.startswith(f"{route.path}/"))
-                raise _NoRoute(next(below, Api.CHAT))
+                own = any(route.path.startswith("/admin/") for route in self.routes)
+                raise _NoRoute(next(below, Api.CHAT), admin=own and path.startswith("/admin/"))
         route = methods.get(method)
         if route is None:
             raise _WrongMethod(", ".join(sorted(methods)), next(iter(methods.values())))
@@ -96,8 +97,9 @@ class Router:
 class _NoRoute(NotFound):
     """`api`: whose clients ask for such a path, and read such an error."""
 
-    def __init__(self, api: Api) -> None:
-        super().__init__("There is no such route. The API lives under /v1.")
+    def __init__(self, api: Api, *, admin: bool) -> None:
+        where = "GET /admin/openapi.json has them all" if admin else "The API lives under /v1"
+        super().__init__(f"There is no such route. {where}.")
         self.api = api
 
 

@@ -95,8 +95,48 @@ async def test_the_document_allows_just_the_amounts_that_a_grant_takes(
     status, answer, _ = await plane.call("POST", "/admin/users/ann/grants", sent)
     if may:
         assert status == 201
-    elif amount not in ("1e2", "1.", ".5"):  # these are read too, and not what is recommended
+    else:
         assert (status, answer["error"]["param"]) == (400, "amount_usd")
+
+
+@pytest.mark.parametrize(
+    ("name", "may"),
+    [
+        *((each, True) for each in ("Acme", "M\u00fcller & Co", "\u4eac\u90fd\u3000\u652f\u5e97")),
+        ("\U0001f469\u200d\U0001f469\u200d\U0001f467 \u2764\ufe0f", True),
+        ("\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", True),
+        *(
+            (f"a{each}b", False)
+            for each in "\0\t\n\x7f\x85\xa0\u200b\u200e\u2028\u202e\u2066\ufeff"
+        ),
+        *((each, False) for each in ("", "x" * 201, 5)),
+    ],
+)
+async def test_the_document_allows_just_the_names_that_are_taken(
+    plane: Plane, name: Any, may: bool
+) -> None:
+    _, document, _ = await plane.call("GET", "/admin/openapi.json")
+    schema = document["components"]["schemas"]["NewOrganization"]["properties"]["name"]
+    assert jsonschema_rs.is_valid(schema, name) is may
+    status, answer, _ = await plane.call("POST", "/admin/organizations", {"name": name})
+    assert (status, answer.get("name")) == (201, name) if may else status == 400
+
+
+@pytest.mark.parametrize(
+    ("rate", "may"),
+    [
+        *((each, True) for each in ("0", "2.50", "0.000001", "1000000", "1000000.00", 1.5)),
+        *((each, False) for each in ("1e3", "-0", "0.0000001", "1000000.1", "02000000", -1)),
+    ],
+)
+async def test_the_document_allows_just_the_prices_that_are_taken(
+    plane: Plane, rate: Any, may: bool
+) -> None:
+    _, document, _ = await plane.call("GET", "/admin/openapi.json")
+    schema = document["components"]["schemas"]["NewPrice"]["properties"]["input"]
+    assert jsonschema_rs.is_valid(schema, rate) is may
+    sent = {"prices": {"mock/echo": {"input": rate, "output": "1"}}}
+    assert (await plane.call("POST", "/admin/organizations", sent))[0] == (201 if may else 400)
 
 
 def references(value: Any) -> list[str]:

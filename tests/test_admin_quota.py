@@ -164,11 +164,33 @@ async def test_a_key_that_had_another_body_is_refused(plane: Plane):
     assert (status, answer["error"]["code"]) == (409, "idempotency_key_reused")
     # Elsewhere it is another key, and another administrator's is too.
     assert (await plane.call("POST", "/admin/organizations", {}, **ONCE))[0] == 201
-    for wrong in ("x" * 201, "a\u00e9"):
+    for wrong in ("", "x" * 201, "a\u00e9"):
         status, answer, _ = await plane.call(
             "POST", "/admin/users", {}, **{"Idempotency-Key": wrong}
         )
         assert (status, answer["error"]["param"]) == (400, "Idempotency-Key")
+
+
+async def test_what_is_deleted_since_is_not_said_to_be_created(plane: Plane):
+    made = []
+    for path in ("/admin/users", "/admin/organizations", "/admin/users/ann/api-keys"):
+        if made:
+            await plane.call("POST", "/admin/users", ANN)
+        _, row, _ = await plane.call("POST", path, {}, **ONCE)
+        name = row.get("key_id") or row.get("user_id") or row["org_id"]
+        made.append((path, f"{path}/{name}"))
+    for path, one in made:
+        assert (await plane.call("DELETE", one))[0] == 204
+        status, answer, headers = await plane.call("POST", path, {}, **ONCE)
+        assert (status, answer["error"]["param"]) == (409, "Idempotency-Key")
+        assert "deleted" in answer["error"]["message"] and "Idempotency-Replayed" not in headers
+
+
+async def test_a_second_answer_has_the_row_as_it_is_by_then(plane: Plane):
+    await plane.call("POST", "/admin/users", ANN, **ONCE)
+    await plane.call("PATCH", "/admin/users/ann", {"rpm": 5})
+    status, row, headers = await plane.call("POST", "/admin/users", ANN, **ONCE)
+    assert (status, row["rpm"], headers["Idempotency-Replayed"]) == (201, 5, "true")
 
 
 async def test_what_was_refused_may_be_sent_again_under_its_key(plane: Plane):

@@ -202,6 +202,12 @@ async def test_addresses_and_ids_that_are_taken_are_refused(front: Front) -> Non
     assert [row["result"] for row in report["rows"]] == ["updated", "wrong", "wrong"]
 
 
+async def test_a_flag_that_is_none_is_said_to_be_0_or_1(front: Front) -> None:
+    status, answer = await load(front, PEOPLE, query="dry_run=yes")
+    assert (status, answer["error"]["param"]) == (400, "dry_run")
+    assert answer["error"]["message"] == "`dry_run` must be 0 or 1."
+
+
 @pytest.mark.parametrize(
     ("data", "param"),
     [

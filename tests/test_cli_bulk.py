@@ -229,6 +229,25 @@ def test_a_table_of_the_other_kind_is_known_by_its_columns(
     assert "--kind" not in command.err
 
 
+def test_a_table_that_is_not_called_one_is_told_how_it_is_read(
+    command: Command, tmp_path: Path
+) -> None:
+    table = tmp_path / "users.txt"
+    table.write_text(ROWS)
+    assert command("import", str(table)) == 1
+    assert "--format csv" in command.err
+    assert command("import", str(table), "--format", "csv") == 0
+    assert "--format" not in command.err
+
+
+def test_an_id_that_begins_with_a_dash_is_told_its_place(command: Command) -> None:
+    assert command("users", "create", "--id=-u7") == 0
+    assert command("users", "show", "-u7") == 2
+    assert "gwproxy users show -- -ID" in command.err
+    assert command("users", "show", "--", "-u7") == 0
+    assert "-u7" in command.out
+
+
 async def test_an_import_whose_answer_is_lost_says_that_it_may_be_sent_again(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

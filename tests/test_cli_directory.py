@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import orjson
 import pytest
@@ -20,7 +21,7 @@ from gwproxy.core.identity import KeyKind, checksum, digest, mint, well_formed
 from gwproxy.log import Log
 from gwproxy.state.keyring import Keyring
 from gwproxy.state.store import Kept, opened
-from gwproxy.storage.database import Database
+from gwproxy.storage.database import Database, lock
 from tests.harness import admin_auth, admin_plane
 from tests.office import Disk
 
@@ -295,6 +296,22 @@ async def test_a_busy_database_without_a_server_is_unreachable(shell):
     assert f"in use by another process ({os.getpid()})" in shell.err
     # It may be the server, before it listens: nobody is told to stop that.
     assert "still starting" in shell.err and "Stop it" not in shell.err
+
+
+def test_a_server_that_ends_while_the_text_is_read_is_not_said_to_be_there_still(
+    shell, monkeypatch
+):
+    shell.run("users", "list")
+    server = lock(shell.database)
+
+    def read() -> bytes:
+        os.close(server)
+        return KEY.encode()
+
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=SimpleNamespace(read=read)))
+    assert shell.run("keys", "revoke", "--from-stdin") == 3
+    assert "No server answers" in shell.err and "run the command again" in shell.err
+    assert "in use" not in shell.err
 
 
 async def test_another_server_at_the_address_is_told_apart(shell):

@@ -51,6 +51,14 @@ async def test_a_path_below_an_apis_own_is_not_found_in_that_apis_words(front: F
         )
 
 
+async def test_a_path_of_the_admin_plane_that_is_none_is_sent_to_its_description(
+    front: Front,
+) -> None:
+    for path, words in (("/admin/nope", "/admin/openapi.json"), ("/nope", "under /v1")):
+        answer = await (await front.client.get(path)).json()
+        assert words in answer["error"]["message"]
+
+
 @pytest.mark.parametrize(
     "path",
     [

@@ -15,7 +15,15 @@ import msgspec
 
 from gwproxy.core.errors import InvalidRequest
 from gwproxy.core.identity import is_id
-from gwproxy.core.money import MAX_USD, MAX_USD_PER_MTOK, Nanos, format_usd, parse_usd
+from gwproxy.core.money import (
+    MAX_USD,
+    MAX_USD_PER_MTOK,
+    Nanos,
+    Picos,
+    format_usd,
+    parse_rate,
+    parse_usd,
+)
 from gwproxy.core.request import FEATURES
 
 MOST_PER_PAGE: Final = 1000
@@ -40,6 +48,8 @@ PerPage = Annotated[int, msgspec.Meta(ge=1, le=MOST_PER_PAGE)]
 
 Moment = Annotated[datetime, msgspec.Meta(tz=True)]
 
+_USD_PATTERN: Final = r"^([0-9]{1,9}(\.[0-9]{1,9})?|10{9}(\.0{1,9})?)$"
+
 Usd = Annotated[
     msgspec.Raw,
     msgspec.Meta(
@@ -47,7 +57,7 @@ Usd = Annotated[
         "null: no limit.",
         extra_json_schema={
             "anyOf": [
-                {"type": "string", "pattern": r"^([0-9]{1,9}(\.[0-9]{1,9})?|10{9}(\.0{1,9})?)$"},
+                {"type": "string", "pattern": _USD_PATTERN},
                 {"type": "number", "minimum": 0, "maximum": MAX_USD},
                 {"type": "null"},
             ]
@@ -65,7 +75,7 @@ SomeUsd = Annotated[
             "anyOf": [
                 {
                     "type": "string",
-                    "pattern": r"^([0-9]{1,9}(\.[0-9]{1,9})?|10{9}(\.0{1,9})?)$",
+                    "pattern": _USD_PATTERN,
                     # Not all of its digits are 0. A look-ahead is what not every client can read.
                     "not": {"pattern": r"^[0.]*$"},
                 },
@@ -75,13 +85,15 @@ SomeUsd = Annotated[
     ),
 ]
 
+_RATE_PATTERN: Final = r"^([0-9]{1,6}(\.[0-9]{1,6})?|10{6}(\.0{1,6})?)$"
+
 UsdRate = Annotated[
     msgspec.Raw,
     msgspec.Meta(
         description="USD per million tokens: a decimal string or a number; at most 6 decimals.",
         extra_json_schema={
             "anyOf": [
-                {"type": "string", "pattern": r"^[0-9]{1,6}(\.[0-9]{1,6})?$"},
+                {"type": "string", "pattern": _RATE_PATTERN},
                 {"type": "number", "minimum": 0, "maximum": MAX_USD_PER_MTOK},
             ]
         },
@@ -89,6 +101,14 @@ UsdRate = Annotated[
 ]
 
 Id = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": "^[A-Za-z0-9_-]{1,64}$"})]
+
+_TEXT_PATTERN: Final = (
+    r"^[^\u0000-\u001f\u007f-\u00a0\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e"
+    r"\u2060-\u206f\ufeff\ufff9-\ufffb]+$"
+)
+"""No control, and nothing that turns the direction around or is not to be seen. The two joiners are
+letters' own in Persian and in the languages of India, and make one emoji of several."""
+
 Text = Annotated[
     str,
     msgspec.Meta(
@@ -96,7 +116,7 @@ Text = Annotated[
         extra_json_schema={
             "minLength": 1,
             "maxLength": _TEXT_LIMIT_CHARS,
-            "pattern": r"^[^\u0000-\u001f\u007f-\u00a0]+$",
+            "pattern": _TEXT_PATTERN,
         },
     ),
 ]
@@ -137,6 +157,7 @@ _WORDS: Final = {
     "grace_s": "must be a whole number of seconds, from 0 to 7776000",
     "limit": f"must be a whole number from 1 to {MOST_PER_PAGE}",
     "deleted": "must be 0 or 1",
+    "dry_run": "must be 0 or 1",
 }
 
 # -- bodies --------------------------------------------------------------------------------------
@@ -152,7 +173,10 @@ def decode(body: bytes, shape: type[T]) -> T:
     except msgspec.ValidationError as error:
         raise _field_error(str(error), shape, "field") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequest("The body is not valid JSON.", code="invalid_json") from error
+        raise InvalidRequest(NOT_JSON, code="invalid_json") from error
+
+
+NOT_JSON: Final = "The body is not valid JSON."
 
 
 def query(sent: Iterable[tuple[str, str]], shape: type[S]) -> S:
@@ -218,7 +242,7 @@ _LAST_SECOND: Final = 253_402_300_799
 
 
 def idempotency_key(value: str) -> str:
-    if not (len(value) <= _TEXT_LIMIT_CHARS and value.isascii() and value.isprintable()):
+    if not (0 < len(value) <= _TEXT_LIMIT_CHARS and value.isascii() and value.isprintable()):
         raise wrong(
             "Idempotency-Key", f"must be 1 to {_TEXT_LIMIT_CHARS} printable characters of ASCII"
         )
@@ -230,21 +254,36 @@ def usd(field: str, raw: msgspec.Raw) -> Nanos | None:
     written = bytes(raw)
     if written == b"null":
         return None
-    return exact(field, written, parse_usd)
+    return _exact(field, written, parse_usd, _USD)
 
 
-def exact(field: str, written: bytes, parse: Callable[[str], R]) -> R:
-    """Give `parse` the digits of a JSON string or number; its ValueError becomes ours."""
+def rate(field: str, written: bytes) -> Picos:
+    """A price, read in the same way."""
+    return _exact(field, written, parse_rate, _RATE)
+
+
+_USD: Final = re.compile(_USD_PATTERN)
+_RATE: Final = re.compile(_RATE_PATTERN)
+_PLAIN: Final = 'must be a decimal number such as "12.34"'
+
+
+def _exact(field: str, written: bytes, parse: Callable[[str], R], plain: re.Pattern[str]) -> R:
+    """Give `parse` the digits of a JSON number, or of a string that is `plain`; its ValueError
+    becomes ours."""
     text = written.decode("utf-8", "replace")
-    if text[:1] == '"':
-        try:
-            text = msgspec.json.decode(written, type=str)
-        except ValueError as error:
-            raise wrong(field, 'must be a decimal number such as "12.34"') from error
+    quoted = text[:1] == '"'
     try:
-        return parse(text)
+        if quoted:
+            text = msgspec.json.decode(written, type=str)
+    except ValueError as error:
+        raise wrong(field, _PLAIN) from error
+    try:
+        found = parse(text)
     except ValueError as error:
         raise wrong(field, str(error)) from error
+    if quoted and not plain.fullmatch(text):
+        raise wrong(field, _PLAIN)
+    return found
 
 
 def identifier(field: str, value: str | None) -> str | None:
@@ -254,14 +293,17 @@ def identifier(field: str, value: str | None) -> str | None:
 
 
 def text(field: str, value: str | None) -> str | None:
-    """A name that people read: one line, nothing invisible that could disguise it."""
+    """A name that people read: one line, and nothing that could disguise it."""
     if value is None or _is_text(value):
         return value
     raise wrong(field, f"must be 1 to {_TEXT_LIMIT_CHARS} printable characters, or null")
 
 
 def _is_text(value: str) -> bool:
-    return 0 < len(value) <= _TEXT_LIMIT_CHARS and value.isprintable()
+    return len(value) <= _TEXT_LIMIT_CHARS and _TEXT.fullmatch(value) is not None
+
+
+_TEXT: Final = re.compile(_TEXT_PATTERN)
 
 
 _EMAIL = re.compile(r"[^@\s,;<>\"]{1,64}@[^@\s,;<>\"]{1,189}")

@@ -9,7 +9,7 @@ from gwproxy.admin.ask import Answer, Ask
 from gwproxy.admin.body import UNSET, Id, ShownTime, ShownUsd, Text, Unset, Usd, UsdRate
 from gwproxy.core import identity
 from gwproxy.core.identity import FailureMode, OnClientGone, OnExhausted, Status, UnboundedPolicy
-from gwproxy.core.money import format_rate, parse_rate
+from gwproxy.core.money import format_rate
 from gwproxy.core.request import Feature
 from gwproxy.state.directory import Directory
 
@@ -133,7 +133,7 @@ def _prices(prices: dict[str, NewPrice] | None) -> dict[str, dict[str, str]] | N
     found: dict[str, dict[str, str]] = {}
     for model, price in prices.items():
         found[model] = {
-            name: format_rate(checked.exact("prices", written, parse_rate))
+            name: format_rate(checked.rate("prices", written))
             for name in NewPrice.__struct_fields__
             if (raw := getattr(price, name)) is not UNSET and (written := bytes(raw)) != b"null"
         }

@@ -276,7 +276,8 @@ def over_http(route: Route, auth: AdminAuth, intake: Intake, repeats: Repeats) -
         if route.body is not None:
             raw = await intake.read(request, bytes, optional=True)
             body = checked.decode(raw, route.body)
-            if route.repeatable and (key := request.headers.get("Idempotency-Key")):
+            key = request.headers.get("Idempotency-Key") if route.repeatable else None
+            if key is not None:
                 mark = once(author.actor, request.path, checked.idempotency_key(key), raw)
                 author = replace(author, once=mark)
                 if repeats.find(mark) is not None:

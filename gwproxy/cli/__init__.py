@@ -4,7 +4,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, NoReturn
 
 from gwproxy import __version__
 
@@ -37,11 +37,20 @@ FAMILIES: Final[Mapping[str, str]] = {
 """Each command and the module of this package that has it, in the order of the help text."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Also of the commands: argparse makes theirs of the class of the first."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.endswith("required: ID"):
+            message += f" (one that begins with a dash comes last: {self.prog} -- -ID)"
+        super().error(message)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 fine, 1 a check failed or the request was
     refused, 2 usage or configuration, 3 server unreachable."""
     words = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="gwproxy",
         description="An edge proxy in front of an AI gateway.",
         epilog="Exit codes: 0 fine; 1 a check failed, or it was refused; 2 usage or configuration; "

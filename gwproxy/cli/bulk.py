@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Final
 
 import orjson
 
+from gwproxy.admin.body import NOT_JSON
 from gwproxy.admin.bulk import USAGE_COLUMNS
 from gwproxy.admin.rows import Format, csv_line, csv_row
 from gwproxy.cli.plane import FINE, REFUSED, WRONG_USAGE, Call, Stop, common_arguments, runs
@@ -199,6 +200,9 @@ async def _import(args: argparse.Namespace, call: Call) -> int:
     query = {"dry_run": str(int(args.dry_run)), "kind": _KINDS[args.kind]}
     report = await call.load(lambda: _data(args.file), form, query)
     counts = report["counts"]
+    unread = any(row.get("message") == NOT_JSON for row in report["rows"][:1])
+    if args.format is None and form is Format.NDJSON and unread:
+        say("This was read as NDJSON, by the file's name. If it is CSV, give --format csv.")
     if args.json:
         print_json(report)
     else:

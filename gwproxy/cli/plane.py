@@ -37,7 +37,7 @@ from gwproxy.log import Log
 from gwproxy.parts import admin_plane
 from gwproxy.state.directory import Author
 from gwproxy.state.store import Store
-from gwproxy.storage.database import DatabaseInUse, DatabaseRefused
+from gwproxy.storage.database import DatabaseInUse, DatabaseRefused, lock
 from gwproxy.storage.segments import JournalInUse, JournalRefused
 
 FINE: Final = 0
@@ -159,7 +159,10 @@ async def _run(args: argparse.Namespace, config: Config, command: Command, of_se
             return await command(args, _Server(config, None))
         except Stop as stop:
             if stop.code == UNREACHABLE:
-                raise Stop(UNREACHABLE, f"{stop} {in_use.fact} {_WAIT_FOR_IT}") from in_use
+                words = f"{in_use.fact} {_WAIT_FOR_IT}"
+                if _is_free(config):
+                    words = "It has ended since this command began: run the command again."
+                raise Stop(UNREACHABLE, f"{stop} {words}") from in_use
             raise
 
 
@@ -167,6 +170,14 @@ _WAIT_FOR_IT: Final = (
     "A server that is still starting answers soon, and another command ends: wait a moment and try "
     "again. A server that listens elsewhere is named by --url."
 )
+
+
+def _is_free(config: Config) -> bool:
+    try:
+        os.close(lock(config.storage.path))
+    except (DatabaseInUse, DatabaseRefused):
+        return False
+    return True
 
 
 def _exit_code(status: int) -> int:

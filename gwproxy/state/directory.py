@@ -451,6 +451,13 @@ class Directory:
         if made is not None and made.id is not None and again is not None:
             found = again(made.id)
             assert found is not None, "rows are never deleted"
+            if _is_gone(found):
+                raise Conflict(
+                    "This request was made before, and what it made is deleted by now: send it "
+                    "under a new Idempotency-Key.",
+                    code="idempotency_key_reused",
+                    param="Idempotency-Key",
+                )
             await self._durable(ledger.state.lsn)
             return found
         row = decide()
@@ -487,6 +494,12 @@ class Directory:
 
     def _now_s(self) -> int:
         return self._ledger.now_ms() // 1000
+
+
+def _is_gone(row: Change) -> bool:
+    if isinstance(row, (ApiKey, AdminKey)):
+        return row.revoked_at is not None
+    return row.deleted_at is not None
 
 
 def _same_version(row: Change, match: Versions) -> None:
