@@ -1,5 +1,5 @@
 """Which requests were made before: sent again under the same `Idempotency-Key`, one changes nothing
-and is answered alike.
+and is answered with the row that it made, as that is by then.
 
 A request is known by a name made of its key, of who asks and of what is asked, and by a fingerprint
 of its body; both are in its record. So they outlive the process, and neither tells what was sent.
