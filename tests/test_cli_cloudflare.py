@@ -2,6 +2,9 @@
 providers' keys do not get to.
 """
 
+import asyncio
+import os
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest_asyncio
 
 from gwproxy.demo import DemoUpstream
 from tests.account import TOKEN, Shell, shell
+from tests.test_layers import HOUSE
 
 SECRET = "sk-secret-of-a-provider-0123456789"
 
@@ -218,6 +222,67 @@ async def test_setup_changes_what_does_not_suit(run: Shell, demo: DemoUpstream) 
     assert "authentication" in run.out and "off -> on" in run.out
     assert demo.management.gateways["demo"]["authentication"] is True
     assert demo.management.gateways["demo"]["cache_ttl"] is None
+
+
+@pytest.mark.parametrize("tries", [3, None])
+async def test_setup_turns_the_gateways_own_retries_off(
+    run: Shell, demo: DemoUpstream, tries: int | None
+) -> None:
+    demo.management.gateways["demo"]["retry_max_attempts"] = tries
+    demo.management.gateways["demo"]["log_management_strategy"] = "DELETE_OLDEST"
+    assert await run("cloudflare", "setup", "--yes") == 0
+    if tries is None:  # that is none already
+        assert "is as it should be" in run.out
+        return
+    assert "3 -> 1" in run.out
+    assert demo.management.gateways["demo"]["retry_max_attempts"] == 1
+
+
+async def test_a_key_under_another_alias_is_missing(run: Shell, demo: DemoUpstream) -> None:
+    for one in demo.management.provider_configs["demo"]:
+        if one["provider_slug"] == "openai":
+            one["alias"] = "mine"
+    assert await run("cloudflare", "keys", "list") == 0
+    assert "missing: gwproxy cloudflare keys store openai" in run.err
+    assert await run("cloudflare", "setup", "--yes") == 1
+    assert "No key of openai is stored" in run.out
+    assert await run("doctor", "--json") == 1
+    found = {row["name"]: row for row in run.json["checks"]}
+    assert "alias `default` for openai" in found["keys stored"]["cause"]
+    assert found["fallback provider openai"]["state"] == "fail"  # no call uses it
+    assert await run("cloudflare", "keys", "store", "openai", stdin=SECRET) == 0
+    assert await run("doctor") == 0, run.out
+
+
+async def test_who_types_what_is_no_key_is_told_and_asked_again(
+    run: Shell, demo: DemoUpstream
+) -> None:
+    configs = demo.management.provider_configs["demo"]
+    configs[:] = [one for one in configs if one["provider_slug"] != "openai"]
+    terminal, slave = os.openpty()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "gwproxy", "cloudflare", "setup", "--yes"),
+        stdin=slave, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+        start_new_session=True, env={**os.environ, "PYTHONPATH": str(HOUSE.parent)},
+    )  # fmt: skip
+    os.close(slave)
+    assert process.stderr is not None
+    try:
+        told = []
+        for typed in ("gw_live_0123456789abcdef", "a bad key", SECRET):
+            told.append(await asyncio.wait_for(process.stderr.readuntil(b"later): "), 10))
+            os.write(terminal, typed.encode() + b"\n")
+        assert await asyncio.wait_for(process.wait(), 10) == 0
+    finally:
+        os.close(terminal)
+    assert b"a key of gwproxy's own" in told[1] and b"no spaces" in told[2]
+    assert configs[-1]["provider_slug"] == "openai"
+    assert demo.management.secrets[configs[-1]["id"]] == SECRET
+
+
+async def test_what_exists_is_not_made_again(run: Shell, demo: DemoUpstream) -> None:
+    assert await run("cloudflare", "gateways", "create", "demo", "--yes") == 1
+    assert "gwproxy cloudflare gateways update demo" in run.err
 
 
 async def test_setup_names_the_store_that_holds_the_keys(run: Shell, demo: DemoUpstream) -> None:

@@ -136,7 +136,7 @@ def test_a_providers_own_refusal_is_not_laid_at_cloudflares_door(wrapped: bytes)
     said = b'{"error":{"message":"Incorrect API key provided: sk-proj-abcdefgh1234.","code":"x"}}'
     fault = explain(401, wrapped % said)
     assert "the provider refused (status 401): Incorrect API key provided" in fault.cause
-    assert "keys store PROVIDER" in fault.cure
+    assert "gwproxy cloudflare rotate PROVIDER" in fault.cure
     assert "abcdefgh" not in str(fault)
     for status in (400, 404, 429, 503):
         fault = explain(status, b'{"error":{"message":"no such model"}}')

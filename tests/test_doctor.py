@@ -155,6 +155,43 @@ async def test_a_token_that_is_not_known_is_told_once(run: Shell, demo: DemoUpst
         )
 
 
+@pytest.mark.parametrize("fault", ["status-429", "edge", "garbage"])
+async def test_a_token_of_which_nothing_was_heard_is_not_called_refused(
+    run: Shell, demo: DemoUpstream, fault: str
+) -> None:
+    wait = {"retry_after_s": 3600}  # longer than anybody waits
+    demo.management.fault({"on": "any", "fault": fault, "count": 0, **wait})
+    found = await checks(run, "--no-models")
+    assert found["token"]["state"] == "fail"
+    for name in ("gateway exists", "keys stored", "logs readable"):
+        assert found[name]["cause"] == "the token could not be verified: see above"
+
+
+async def test_a_stream_that_broke_off_was_reached(run: Shell, demo: DemoUpstream) -> None:
+    demo.script(provider="openai", fault="close-after-1")
+    check = (await checks(run))["fallback provider openai"]
+    assert check["state"] == "fail"
+    assert "broke off after status 200" in check["cause"]
+    assert "provider's status" in check["cure"] and "DNS" not in check["cure"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "cure"),
+    [
+        ("status-401", "gwproxy cloudflare rotate openai"),
+        ("code-2003", "gwproxy cloudflare gateways update demo --rate-limit"),
+        ("code-2018", "gwproxy cloudflare keys store openai"),
+    ],
+)
+async def test_the_cure_is_a_command_that_can_be_typed(
+    run: Shell, demo: DemoUpstream, fault: str, cure: str
+) -> None:
+    demo.script(provider="openai", fault=fault)
+    check = (await checks(run))["fallback provider openai"]
+    assert check["state"] == "fail"
+    assert cure in check["cure"]
+
+
 async def test_a_token_that_may_only_run_is_told_what_it_lacks(
     run: Shell, demo: DemoUpstream
 ) -> None:

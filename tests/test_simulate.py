@@ -266,6 +266,12 @@ async def test_what_changes_nothing_is_told(run: Shell) -> None:
     ]
 
 
+async def test_a_folder_without_a_database_says_what_may_be_the_cause(run: Shell) -> None:
+    assert await run("simulate", "--month", "2026-11") == 1
+    assert "unable to open database file" in run.err
+    assert "check [storage] path, and run it as that user" in run.err
+
+
 async def test_a_month_without_calls_is_told(run: Shell) -> None:
     await History(1, every=1000).write(run.folder)
     assert await run("simulate", "--month", "2019-01") == 0

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from gwproxy.cli.cloudflare_account import NoAccount, account
 from gwproxy.cli.printing import print_json, say, table
-from gwproxy.cloudflare.api import Api, Refused
+from gwproxy.cloudflare.api import DEFAULT_ALIAS, Api, Refused, served_slugs
 from gwproxy.config import FAMILIES, Config, ConfigError, find_config, load
 from gwproxy.core.routing import CATALOGUE
 
@@ -31,10 +31,13 @@ RECOMMENDED: Final[Mapping[str, Any]] = {
     "collect_logs": True,  # else nothing can be reconciled
     "cache_ttl": None,  # one tenant's answer is not another's
     "cache_invalidate_on_update": True,
+    "retry_max_attempts": 1,  # else hidden attempts are billed
     "log_management_strategy": "DELETE_OLDEST",  # a full log would otherwise take no more
     "rate_limiting_interval": None,
     "rate_limiting_limit": None,
 }
+_UNSAID: Final[Mapping[str, Any]] = {"retry_max_attempts": 1}
+"""What a setting amounts to that a gateway says nothing of."""
 _REQUIRED: Final = (
     *("cache_invalidate_on_update", "cache_ttl", "collect_logs"),
     *("rate_limiting_interval", "rate_limiting_limit"),
@@ -140,7 +143,7 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
 
 def _add_provider(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("provider", metavar="PROVIDER", help='such as "openai" or "gemini"')
-    parser.add_argument("--alias", default="default", help="default: default")
+    parser.add_argument("--alias", default=DEFAULT_ALIAS, help="default: default")
     # Taken so that it can be refused without being printed.
     parser.add_argument("extra", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--key", "--secret", dest="key", help=argparse.SUPPRESS)
@@ -288,6 +291,12 @@ async def _show_gateway(args: argparse.Namespace, config: Config, api: Api, _: s
 
 async def _create_gateway(args: argparse.Namespace, config: Config, api: Api, _: str) -> int:
     _check_id(args.id)
+    if any(row["id"] == args.id for row in await api.gateways()):
+        raise _Stop(
+            REFUSED,
+            f"There is a gateway {args.id} already. See it: gwproxy cloudflare gateways show "
+            f"{args.id}; change it: gwproxy cloudflare gateways update {args.id} --help",
+        )
     settings = {**RECOMMENDED, **_settings(args)}
     _print_settings(args, f"A new gateway {args.id}:", settings)
     _confirm(args, "Make it? [y/N]")
@@ -361,10 +370,9 @@ def _rate_limit(row: Mapping[str, Any]) -> str | None:
 
 def _differing(row: Mapping[str, Any], wish: Mapping[str, Any]) -> Settings:
     """Of a wish what is not so yet; nothing, 0 and false are the same."""
+    now = {name: row.get(name) or _UNSAID.get(name) for name in wish}
     return {
-        name: value
-        for name, value in wish.items()
-        if row.get(name) != value and (row.get(name) or value)
+        name: value for name, value in wish.items() if now[name] != value and (now[name] or value)
     }
 
 
@@ -393,11 +401,9 @@ def _print_changes(
 
 
 def _shown(value: Any) -> str:
-    if value is None:
-        return "off"
-    return (
-        {True: "on", False: "off"}.get(value, str(value)) if value in (True, False) else str(value)
-    )
+    if value is True:
+        return "on"
+    return "off" if value in (None, False) else str(value)
 
 
 def _told(args: argparse.Namespace, words: str, row: Mapping[str, Any]) -> None:
@@ -415,7 +421,7 @@ async def _list_keys(args: argparse.Namespace, config: Config, api: Api, gateway
     shown = [
         {
             "provider": row.get("provider_slug"),
-            "alias": row.get("alias") or "default",
+            "alias": row.get("alias") or DEFAULT_ALIAS,
             "ends_in": row.get("secret_preview") or None,
         }
         for row in rows
@@ -424,7 +430,7 @@ async def _list_keys(args: argparse.Namespace, config: Config, api: Api, gateway
         print_json({"data": shown})
         return FINE
     print("\n".join(table(shown)) or f"No provider key is stored for {gateway}.")
-    stored = {row["provider"] for row in shown}
+    stored = served_slugs(rows)
     for slug in _wanted(config):
         if slug not in stored:
             say(f"missing: gwproxy cloudflare keys store {slug}")
@@ -473,7 +479,7 @@ async def _delete_key(args: argparse.Namespace, config: Config, api: Api, gatewa
 
 async def _stored(api: Api, gateway: str, slug: str, alias: str) -> dict[str, Any] | None:
     for row in await api.provider_keys(gateway):
-        if (row.get("provider_slug"), row.get("alias") or "default") == (slug, alias):
+        if (row.get("provider_slug"), row.get("alias") or DEFAULT_ALIAS) == (slug, alias):
             return row
     return None
 
@@ -508,14 +514,18 @@ def _ask_key(slug: str) -> str:
     else:
         key = sys.stdin.readline(1 << 16)
     key = key.strip()
-    if not _KEY.fullmatch(key):
-        raise _Stop(
-            WRONG_USAGE, "That is no key: it has 8 to 4,096 characters, and no spaces. Nothing was "
-            "stored.",
-        )  # fmt: skip
-    if key.startswith(("gw_live_", "gw_test_", "gw_admin_")):
-        raise _Stop(WRONG_USAGE, f"That is a key of gwproxy's own, not one of {slug}.")
+    if (why := _no_key(slug, key)) is not None:
+        raise _Stop(WRONG_USAGE, why)
     return key
+
+
+def _no_key(slug: str, text: str) -> str | None:
+    """Why it cannot be a provider's key; None: it can."""
+    if not _KEY.fullmatch(text):
+        return "That is no key: it has 8 to 4,096 characters, and no spaces. Nothing was stored."
+    if text.startswith(("gw_live_", "gw_test_", "gw_admin_")):
+        return f"That is a key of gwproxy's own, not one of {slug}. Nothing was stored."
+    return None
 
 
 def _wanted(config: Config) -> list[str]:
@@ -570,15 +580,17 @@ async def _setup(args: argparse.Namespace, config: Config, api: Api, gateway: st
 
 async def _store_missing(config: Config, api: Api, gateway: str) -> list[str]:
     """Ask whoever is there for the keys that are not: which are still missing."""
-    stored = {row.get("provider_slug") for row in await api.provider_keys(gateway)}
+    stored = served_slugs(await api.provider_keys(gateway))
     missing = [slug for slug in _wanted(config) if slug not in stored]
     if not sys.stdin.isatty():
         return missing
     for slug in list(missing):
-        key = getpass.getpass(f"Key of {slug} (not shown; empty: later): ").strip()
-        if _KEY.fullmatch(key):
-            await api.store_key(gateway, slug, "default", key)
-            missing.remove(slug)
+        while key := getpass.getpass(f"Key of {slug} (not shown; empty: later): ").strip():
+            if (why := _no_key(slug, key)) is None:
+                await api.store_key(gateway, slug, DEFAULT_ALIAS, key)
+                missing.remove(slug)
+                break
+            say(why)
     return missing
 
 

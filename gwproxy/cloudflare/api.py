@@ -6,7 +6,7 @@ trying again is harmless; everything else comes out as one exception with a caus
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,8 @@ from gwproxy.cloudflare.words import Fault, curl, explain
 from gwproxy.core.upstream_words import USER_AGENT
 
 TRIES: Final = 5
+DEFAULT_ALIAS: Final = "default"
+"""Of a provider's stored keys the gateway uses the one with this alias."""
 _FIRST_WAIT_S: Final = 0.5
 _LONGEST_WAIT_S: Final = 60.0
 """Also of a `Retry-After`: who is told to wait for longer is told so instead."""
@@ -113,7 +115,7 @@ class Api:
 
     async def replace_key(self, gateway: str, row: Mapping[str, Any], secret: str) -> None:
         path = self._gateways(gateway, "provider_configs", str(row["id"]))
-        provider, alias = str(row["provider_slug"]), str(row.get("alias") or "default")
+        provider, alias = str(row["provider_slug"]), str(row.get("alias") or DEFAULT_ALIAS)
         await self.ask("PUT", path, _key(provider, alias, secret))
 
     async def delete_key(self, gateway: str, config_id: str) -> None:
@@ -262,6 +264,18 @@ class Api:
         return None, None, Answer(value["result"], total if isinstance(total, int) else None, date)
 
 
+def broke_off(status: int, error: BaseException) -> Fault:
+    """The answer began and did not come to its end."""
+    why = "it did not end in time" if isinstance(error, TimeoutError) else "the connection ended"
+    return Fault(
+        status,
+        None,
+        f"the answer broke off after status {status}: {why}",
+        "try again; where it stays so, look at the provider's status and at the gateway's log",
+        passing=True,
+    )
+
+
 def no_answer(root: str, error: BaseException) -> Fault:
     """Nobody answered; the words of the network's error, which know no secret."""
     if isinstance(error, TimeoutError):
@@ -279,11 +293,20 @@ def no_answer(root: str, error: BaseException) -> Fault:
     )
 
 
+def served_slugs(rows: Iterable[Mapping[str, Any]]) -> set[str]:
+    """The providers whose stored key is used: under another alias than this it is not."""
+    return {
+        str(row.get("provider_slug"))
+        for row in rows
+        if (row.get("alias") or DEFAULT_ALIAS) == DEFAULT_ALIAS
+    }
+
+
 def _key(provider: str, alias: str, secret: str) -> dict[str, Any]:
     return {
         "provider_slug": provider,
         "alias": alias,
-        "default_config": alias == "default",
+        "default_config": alias == DEFAULT_ALIAS,
         "secret": secret,
     }
 

@@ -14,9 +14,9 @@ from typing import Any, Final
 
 import aiohttp
 
-from gwproxy.cloudflare.api import Api, Refused
+from gwproxy.cloudflare.api import DEFAULT_ALIAS, Api, Refused, served_slugs
 from gwproxy.cloudflare.probe import Target, probe
-from gwproxy.cloudflare.words import Fault
+from gwproxy.cloudflare.words import REJECTED_TOKEN, Fault
 from gwproxy.config import Config
 from gwproxy.core.pricing import PriceBook
 from gwproxy.core.routing import Candidate
@@ -276,8 +276,10 @@ class Doctor:
             self.unreachable = refused.fault.status == 0
             if self.unreachable:
                 self._deaf = "Cloudflare's management API cannot be reached"
-            elif refused.fault.status < 500:
+            elif refused.fault.code in REJECTED_TOKEN or refused.fault.status == 401:
                 self._deaf = "the token is not accepted: see above"
+            elif refused.fault.status < 500:
+                self._deaf = "the token could not be verified: see above"
             return _failed(_TOKEN, refused)
         status = answer.result.get("status") if isinstance(answer.result, dict) else None
         if status not in (None, "active"):
@@ -325,14 +327,15 @@ class Doctor:
         wanted = {t.slug: t.name for t in self._plan.targets if _needs_key(t)}
         shown = api.curl("GET", gateway, "provider_configs")
         try:
-            stored = {str(row.get("provider_slug")) for row in await api.provider_keys(gateway)}
+            stored = served_slugs(await api.provider_keys(gateway))
         except Refused as refused:
             return _failed(_KEYS, refused)
         missing = [slug for slug in wanted if slug not in stored]
         if missing:
             # With credit bought at Cloudflare a call works without a key: the models below tell.
             return Check(
-                _KEYS, State.FAIL, f"none is stored for {', '.join(missing)}",
+                _KEYS, State.FAIL,
+                f"none is stored under the alias `{DEFAULT_ALIAS}` for {', '.join(missing)}",
                 "; ".join(f"gwproxy cloudflare keys store {slug}" for slug in missing), shown,
             )  # fmt: skip
         return Check(_KEYS, State.PASS, f"stored for {', '.join(sorted(wanted)) or 'none needed'}")
@@ -382,6 +385,8 @@ class Doctor:
         self.report.answers.append(seen.row())
         if seen.fault is not None:
             cure = seen.fault.cure.replace("PROVIDER", target.slug)
+            if self._plan.gateway is not None:
+                cure = cure.replace("update ID", f"update {self._plan.gateway}")
             return Check(
                 name, State.FAIL, f"{target.model}: {seen.fault.cause}", cure, target.curl(stream)
             )

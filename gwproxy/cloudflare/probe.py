@@ -14,7 +14,7 @@ from uuid import uuid4
 import aiohttp
 import orjson
 
-from gwproxy.cloudflare.api import no_answer
+from gwproxy.cloudflare.api import broke_off, no_answer
 from gwproxy.cloudflare.words import Fault, curl, explain
 from gwproxy.core.reconcile import DOCTOR
 from gwproxy.core.sse import SseScanner
@@ -148,7 +148,8 @@ async def probe(
                 if len(raw) > _LARGEST_ANSWER_BYTES:
                     break
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        seen.fault = no_answer(target.url, error)
+        begun = seen.status != 0
+        seen.fault = broke_off(seen.status, error) if begun else no_answer(target.url, error)
         return seen
     finally:
         seen.total_ms = round((now() - start) * 1000)

@@ -39,7 +39,10 @@ _CODES: Final[Mapping[int, tuple[str, str]]] = {
         "there is no gateway of this name",
         "check CLOUDFLARE_GATEWAY_ID, or make it: gwproxy cloudflare setup",
     ),
-    2003: ("the gateway is limiting requests", "raise its rate limit: gwproxy cloudflare gateways"),
+    2003: (
+        "the gateway is limiting requests",
+        "raise its rate limit: gwproxy cloudflare gateways update ID --rate-limit 1000/60, or off",
+    ),
     2005: (
         "the gateway got no answer from the provider",
         "try again; look at the provider's status",
@@ -54,7 +57,7 @@ _CODES: Final[Mapping[int, tuple[str, str]]] = {
     ),
     2018: (
         "the account's shared credit is limited to 200 requests a minute",
-        "store a key instead",
+        "store the provider's key instead: gwproxy cloudflare keys store PROVIDER",
     ),
     2019: ("the gateway did not understand the model's name", "correct `prefix` of the provider"),
     2021: (
@@ -63,7 +66,8 @@ _CODES: Final[Mapping[int, tuple[str, str]]] = {
     ),
     2040: (
         "the gateway could not resolve the stored key's alias or the model",
-        "store the key under the alias `default`, and check the model's name",
+        "store the key under the alias `default`: gwproxy cloudflare keys store PROVIDER; check "
+        "the model's name",
     ),
     2041: ("a spend limit of the gateway is used up", "raise it in the gateway's settings"),
     2044: (
@@ -77,6 +81,8 @@ _CODES: Final[Mapping[int, tuple[str, str]]] = {
     9106: ("the token is malformed", f"copy it again, whole, from {TOKENS_PAGE}"),
     10000: ("Cloudflare does not know the token", _MADE_TOKEN),
 }
+REJECTED_TOKEN: Final = frozenset({9106, 10000})
+"""Codes that are about the token itself."""
 _NO_PERMISSION: Final = (
     "the token is valid, but may not do this, or belongs to another account",
     f"add the permission to it at {TOKENS_PAGE} (AI Gateway Read to look, AI Gateway Edit to "
@@ -140,8 +146,8 @@ def _provider_refused(status: int, words: str, *, direct: bool) -> Fault:
     key = (
         "its `token` and `base_url` in config.toml"
         if direct
-        else "its stored key: gwproxy cloudflare keys list; where it is wrong, store it again: "
-        "gwproxy cloudflare keys store PROVIDER"
+        else "its stored key: gwproxy cloudflare keys list; where it is wrong, put another in its "
+        "place: gwproxy cloudflare rotate PROVIDER"
     )
     if status == 429 or status >= 500:
         cure = "try again; look at the provider's status, and at what its account has left"

@@ -116,7 +116,12 @@ class Management:
         return permission in self.tokens.get(token, ())
 
     def has_key(self, gateway: str, slug: str) -> bool:
-        return any(one["provider_slug"] == slug for one in self.provider_configs.get(gateway, ()))
+        """Whether a key is stored that calls use: of another alias none does."""
+        wanted = (slug, "default")
+        return any(
+            (one["provider_slug"], one["alias"]) == wanted
+            for one in self.provider_configs.get(gateway, ())
+        )
 
     def fault(self, wish: Mapping[str, Any]) -> None:
         match = _FAULT.fullmatch(str(wish.get("fault", "")))

@@ -40,7 +40,17 @@ def tables(path: Path) -> Iterator[Tables]:
             connection.execute("BEGIN")
             yield Tables(connection)
     except sqlite3.Error as error:
-        raise DatabaseRefused(f"{path}: {error}.") from error
+        raise DatabaseRefused(f"{path}: {error}.{_likely(error)}") from error
+
+
+def _likely(error: sqlite3.Error) -> str:
+    """SQLite does not say why it cannot open a file."""
+    if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_CANTOPEN:
+        return ""
+    return (
+        " Nothing was served here yet, its disk is not mounted, another folder is meant, or only "
+        "the service's user may read it: check [storage] path, and run it as that user."
+    )
 
 
 async def state(tables: Tables, found: Scan) -> State:
