@@ -604,8 +604,12 @@ async def serve(
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
+    reload_early = asyncio.Event()
+    loop.add_signal_handler(signal.SIGHUP, reload_early.set)
     app = await App.start(config, log, source=source, notify=notify)
     loop.add_signal_handler(signal.SIGHUP, app.ask_to_reload)
+    if reload_early.is_set():
+        app.ask_to_reload()
     # What was built so far lives as long as the process: the collector need not walk it again.
     gc.collect()
     gc.freeze()

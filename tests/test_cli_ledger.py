@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import io
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,3 +190,57 @@ def test_a_loss_that_is_accepted_leaves_a_backup(shell):
     journal.rename(shell.folder / "elsewhere")
     assert shell.run("accept-loss") == 0, shell.err
     assert len(list(journal.glob("backup-*.db"))) == 1
+
+
+def segments(shell: Shell) -> list[Path]:
+    return sorted(shell.folder.glob("*/*.journal"))
+
+
+def test_a_journal_without_its_segments_does_not_verify_until_the_loss_is_accepted(shell):
+    assert shell.run("verify") == 0, shell.err
+    for file in segments(shell):
+        file.rename(shell.folder / file.name)
+    assert shell.run("verify") == 1
+    assert "the journal is missing, and the database has records up to" in shell.err
+    assert "accept-loss" in shell.err
+    assert shell.run("accept-loss") == 0, shell.err
+    assert shell.run("verify") == 0, shell.err
+    # What went before is in a backup: without one, it is in nothing but the database.
+    for file in shell.folder.glob("*/backup-*.db"):
+        file.unlink()
+    assert shell.run("verify") == 1
+    assert "are in no segment and in no backup" in shell.err
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+async def test_a_gap_in_the_journal_is_lawful_where_the_database_was_ahead(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ahead: bool
+) -> None:
+    (tmp_path / "config.toml").write_text(CONFIG.format(listen="127.0.0.1:0", admin=""))
+    database, journal, older = tmp_path / "gwproxy.db", tmp_path / "journal", tmp_path / "older"
+
+    async def go_on(cost: int) -> None:
+        async with await Place(tmp_path).open() as place:
+            live = place.live
+            live.state.lsn = place.journal.end.lsn
+            live.settle(live.reserve("ann", 500), cost)
+            await catch_up(place.writer())
+            live.sync()
+
+    await go_on(100)
+    shutil.copytree(journal, older)
+    shutil.copy(database, older)
+    await go_on(200)
+    # The journal's end is lost, and the database has what was in it.
+    shutil.rmtree(journal)
+    shutil.copytree(older, journal, ignore=shutil.ignore_patterns("*.db*"))
+    await go_on(300)
+    if not ahead:
+        shutil.copy(older / "gwproxy.db", database)
+    shell = Shell(tmp_path, capsys)
+    code = await asyncio.to_thread(shell.run, "verify")
+    if ahead:
+        assert code == 0, shell.err
+    else:
+        assert code == 1
+        assert "the journal has no 3 to 4, nor has the database, which ends at 2" in shell.err

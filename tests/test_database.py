@@ -25,10 +25,12 @@ from gwproxy.core.identity import (
     User,
 )
 from gwproxy.core.money import Nanos
-from gwproxy.storage import directory
+from gwproxy.storage import directory, inspect
+from gwproxy.storage.backup import checked
 from gwproxy.storage.database import (
     SQLITE_VERSION,
     TRUNCATE_BYTES,
+    BackupRefused,
     Database,
     DatabaseDamaged,
     DatabaseInUse,
@@ -265,6 +267,17 @@ async def test_a_folder_in_the_place_of_the_file_is_refused(path):
     path.mkdir()
     with pytest.raises(DatabaseRefused, match="directory"):
         await opened(path)
+
+
+@pytest.mark.timeout(10)
+async def test_a_fifo_in_the_place_of_the_file_is_refused_and_nobody_waits_for_it(path):
+    os.mkfifo(path)
+    with pytest.raises(DatabaseRefused, match=r"is not a regular file\. Move it away"):
+        await opened(path)
+    with pytest.raises(BackupRefused, match="not a regular file"):
+        checked(path)
+    with pytest.raises(DatabaseRefused, match="not a regular file"), inspect.tables(path):
+        pass
 
 
 async def test_a_refused_database_is_let_go(path):

@@ -2,6 +2,11 @@
 
 import asyncio
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -142,15 +147,19 @@ def test_a_short_leap_of_the_clock_begins_no_month(
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 async def test_a_drill_copies_the_ledger_and_touches_nothing_of_it(
-    ledger: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ledger: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GWPROXY_ADMIN_KEY", ADMIN_KEY)
     monkeypatch.setenv("UPSTREAM_TOKEN", UPSTREAM_TOKEN)
     before = names(ledger)
     config = str(ledger / "config.toml")
-    report = await asyncio.to_thread(
-        drill, "storage-lost", capsys, "--seconds", "2", "--config", config
+    command = [sys.executable, "-m", "gwproxy", "drill", "storage-lost", "--json"]
+    process = await asyncio.create_subprocess_exec(
+        *command, "--seconds", "2", "--config", config, stdout=asyncio.subprocess.PIPE
     )
+    out, _ = await process.communicate()
+    assert process.returncode == 0, out
+    report = json.loads(out)
     assert int(str(report["served_open"])) > 0
     assert names(ledger) == before
 
@@ -167,3 +176,34 @@ def test_a_configuration_that_was_named_has_to_be_there(
 ) -> None:
     assert main(["drill", "storage-lost", "--config", "none.toml"]) == 2
     assert "none.toml" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("nowhere")
+def test_a_configuration_that_is_there_and_wrong_is_not_passed_over(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("config.toml").write_text("[server]\nlisten = 5\n")
+    assert main(["drill", "storage-lost"]) == 2
+    assert "config.toml" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+@pytest.mark.usefixtures("nowhere")
+def test_a_drill_that_is_told_to_stop_takes_its_file_system_away(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gwproxy", "drill", "disk-full"]
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}
+
+    def mounted() -> bool:
+        return str(tmp_path) in Path("/proc/self/mounts").read_text()
+
+    with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not mounted():
+            time.sleep(0.02)
+        if process.poll() is not None:
+            assert process.stderr is not None
+            pytest.skip(process.stderr.read())  # a container may not mount
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == (1, "gwproxy drill: stopped; nothing is left of it\n")
+    assert not mounted()
+    assert names(tmp_path) == []

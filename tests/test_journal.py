@@ -438,6 +438,25 @@ def test_descriptors_are_closed_with_the_sync_that_covers_them(files, disk, owne
     assert not disk.fds
 
 
+def test_a_segment_that_somebody_cuts_in_place_loses_the_journal(files, owner):
+    """Also where more was written behind the cut since, and it is as long as before."""
+    owner.start()
+    journal = owner.journal
+    owner.write("one")
+    journal.look()
+    assert journal.lost is None
+    path = journal.directory / journal._segments[-1].name
+    files.ftruncate(journal._fd, 700)
+    for _ in range(2):
+        journal.look()
+        assert journal.lost is not None
+        assert journal.lost.startswith(f"somebody has cut {path} to ")
+        owner.write("x" * 300)
+    files.ftruncate(journal._fd, journal._limit)
+    journal.look()
+    assert journal.lost is None
+
+
 def test_without_a_spare_the_room_is_used_up_and_not_a_byte_more(files, owner):
     owner.spare()
     files.faults["posix_fallocate"] = refuse(ENOSPC)

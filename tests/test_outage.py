@@ -4,6 +4,7 @@ within which bound, what monitors are told, and that all of it is in the ledger 
 
 import asyncio
 import json
+import os
 import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -211,6 +212,38 @@ async def test_a_lost_database_is_made_anew_beside_the_traffic(start_gateway: St
     assert (await ask(front, front.key)).headers["x-gateway-mode"] == "normal"
     await caught_up(front)
     assert rows(front, "SELECT count(*), sum(cost) FROM request") == [(3, 3 * COST)]
+
+
+@pytest.mark.timeout(30)
+async def test_a_fifo_in_the_place_of_the_database_is_set_aside_and_waited_for_by_nobody(
+    start_gateway: StartGateway,
+) -> None:
+    front = await start_gateway(GWPROXY__FAILURE__MODE="open")
+    assert (await ask(front, front.key)).status == 200
+    database = front.gateway.database
+    database.unlink()
+    os.mkfifo(database)
+    await front.gateway.lines("database lost")
+    assert (await ask(front, front.key)).headers["x-gateway-mode"] == "degraded"
+    await front.gateway.lines("database recovered")
+    assert database.with_name("gwproxy.db.aside-1").is_fifo()
+    await caught_up(front)
+    assert rows(front, "SELECT count(*), sum(cost) FROM request") == [(2, 2 * COST)]
+
+
+async def test_a_journal_that_is_cut_under_the_running_server_lets_nobody_in(
+    start_gateway: StartGateway,
+) -> None:
+    front = await start_gateway(GWPROXY__FAILURE__MODE="open")
+    await caught_up(front)
+    assert front.gateway.app is not None
+    journal = front.gateway.app._store.journal
+    active = journal.directory / journal._segments[-1].name
+    size = active.stat().st_size
+    os.truncate(active, 600)
+    [line] = await front.gateway.lines("journal lost")
+    assert line["cause"] == f"somebody has cut {active} to 600 of its {size} bytes"
+    assert (await ask(front, front.key)).status == 503
 
 
 async def test_without_its_journal_nobody_is_served_in_either_mode(

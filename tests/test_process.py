@@ -1,6 +1,9 @@
 """The process itself: a new configuration in force without a dropped stream, backups when asked."""
 
 import asyncio
+import os
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,10 @@ from gwproxy.storage.backup import checked
 from tests.conftest import Front, StartGateway
 from tests.harness import (
     ADMIN,
+    ADMIN_KEY,
     CONFIG,
     DONE,
+    UPSTREAM_TOKEN,
     Received,
     Upstream,
     Wire,
@@ -21,6 +26,7 @@ from tests.harness import (
     delta,
     usage_only,
 )
+from tests.kills import ROOT
 from tests.scene import until
 
 
@@ -139,6 +145,50 @@ async def test_a_signal_reloads_too_and_a_wrong_file_does_not_end_the_process(
         await front.gateway.lines("configuration reloaded")
         stopping.set()
     assert app.config.limits.max_body_bytes == 1024
+
+
+async def test_a_hangup_while_it_starts_does_not_end_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(CONFIG.format(upstream="http://127.0.0.1:9/v1", more=""))
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "gwproxy", "serve", "--config", str(path)),
+        env={
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(ROOT),
+            "GWPROXY_ADMIN_KEY": ADMIN_KEY,
+            "UPSTREAM_TOKEN": UPSTREAM_TOKEN,
+        },
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    assert process.stdout is not None
+
+    async def hang_up() -> None:
+        while not _heeds(process.pid, signal.SIGHUP):  # before that it is no server yet
+            await asyncio.sleep(0.001)
+        while True:
+            process.send_signal(signal.SIGHUP)
+            await asyncio.sleep(0.01)
+
+    hanging_up = asyncio.create_task(hang_up())
+    try:
+        async with asyncio.timeout(20):
+            assert (await process.stdout.readline()).startswith(b"gwproxy ready")
+        hanging_up.cancel()
+        process.terminate()
+        assert await process.wait() == 0
+    finally:
+        hanging_up.cancel()
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+def _heeds(pid: int, number: int) -> bool:
+    """Whether the process catches or ignores the signal."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigIgn", "SigCgt"))]
+    return any(mask >> (number - 1) & 1 for mask in masks)
 
 
 async def test_a_backup_is_made_when_it_is_asked_for(front: Front) -> None:

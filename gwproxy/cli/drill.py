@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any, Final
 
-from gwproxy.cli.children import Failed, address, child, clean_environ, last_words
+from gwproxy.cli.children import STOPS, Failed, address, child, clean_environ, last_words
 from gwproxy.cli.printing import print_json, say
 from gwproxy.config import Config, ConfigError, find_config, load
 from gwproxy.core.money import format_usd
@@ -115,13 +116,16 @@ def run(args: argparse.Namespace) -> int:
         return WRONG_USAGE
     try:
         config = _configured(args.config)
-        with tempfile.TemporaryDirectory(prefix="gwproxy-drill-") as folder:
+        with _stopped_in_order(), tempfile.TemporaryDirectory(prefix="gwproxy-drill-") as folder:
             report = _drill(args.fault, args.seconds, config, Path(folder))
     except ConfigError as error:
         say(str(error))
         return WRONG_USAGE
     except (Failed, BackupRefused) as failed:
         say(f"gwproxy drill: {failed}")
+        return FAILED
+    except KeyboardInterrupt:
+        say("gwproxy drill: stopped; nothing is left of it")
         return FAILED
     if args.json:
         print_json(report)
@@ -130,14 +134,31 @@ def run(args: argparse.Namespace) -> int:
     return FINE if report["passed"] else FAILED
 
 
+@contextlib.contextmanager
+def _stopped_in_order() -> Iterator[None]:
+    before = {number: signal.signal(number, _stop) for number in STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(*_: object) -> None:
+    """Each of the signals ends it as Ctrl-C does, and only once: what was made is then taken away,
+    however often it is asked."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def _configured(named: str | None) -> Config | None:
     """The caller's own; None where there is none, which a drill does not need."""
     try:
-        return load(find_config(named, os.environ), os.environ, catalogue=CATALOGUE)
+        path = find_config(named, os.environ)
     except ConfigError:
-        if named is not None:
-            raise
         return None
+    return load(path, os.environ, catalogue=CATALOGUE, local=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -27,11 +28,12 @@ from gwproxy.core.routing import CATALOGUE
 from gwproxy.core.usage import Usage
 from gwproxy.parts import kept
 from gwproxy.storage import archive_file, inspect, reports
+from gwproxy.storage.backup import Backups
 from gwproxy.storage.database import BackupRefused, DatabaseRefused
 from gwproxy.storage.files import OS_FILES
 from gwproxy.storage.ledger import Older, fetch_balance, load_state, loaded_since
 from gwproxy.storage.scan import Scan
-from gwproxy.storage.segments import CHUNK_BYTES, JournalRefused
+from gwproxy.storage.segments import CHUNK_BYTES, Gap, JournalRefused
 from gwproxy.storage.verify import findings
 
 FINE: Final = 0
@@ -116,7 +118,7 @@ def _runs(
         except ConfigError as error:
             print(error, file=sys.stderr)
             return WRONG_USAGE
-        except (DatabaseRefused, JournalRefused, BrokenLedger) as error:
+        except (DatabaseRefused, JournalRefused, BrokenLedger, Gap) as error:
             print(error, file=sys.stderr)
             return FAILED
 
@@ -129,7 +131,9 @@ def _runs(
 def _verify(args: argparse.Namespace, config: Config) -> int:
     with inspect.tables(config.storage.path) as tables:
         found = inspect.journal(config.storage.journal, tables.mark.lsn)
-        faults = asyncio.run(_journal_faults(found, tables))
+        backup = Backups(config.storage.journal, every_s=0, keep=1).newest()
+        covered = 0 if backup is None else backup[1].lsn
+        faults = asyncio.run(_journal_faults(found, tables, covered))
         faults += [str(each) for each in asyncio.run(tables.run(lambda c: [*findings(c)]))]
         lsn = tables.mark.lsn
     report = {
@@ -151,15 +155,45 @@ def _verify(args: argparse.Namespace, config: Config) -> int:
     return FAILED if faults else FINE
 
 
-async def _journal_faults(found: Scan, tables: inspect.Tables) -> list[str]:
+async def _journal_faults(found: Scan, tables: inspect.Tables, covered: int) -> list[str]:
     """The records that the database does not have yet are checked against it; where the journal
-    goes back to its beginning, all of it is."""
-    trail = found.trail
+    goes back to its beginning without a gap, all of it is. The newest backup has those up to
+    `covered`."""
+    trail, mark = found.trail, tables.mark
     if not trail.segments:
-        return []
-    mark = tables.mark
+        if not mark.lsn:
+            return []
+        return [
+            f"{trail.directory}: the journal is missing, and the database has records up to "
+            f"{mark.lsn}. Put its segments back; or go on without what only they knew: "
+            "`gwproxy ledger accept-loss`"
+        ]
     if trail.end.lsn < mark.lsn:
         return [f"the database has record {mark.lsn}, the journal ends with {trail.end.lsn}"]
+    first = trail.segments[0].first_lsn
+    missing = []
+    if first > covered + 1:
+        missing = [
+            f"{trail.directory}: records {covered + 1} to {first - 1} are in no segment and in no "
+            "backup, so that a lost database could not be made anew. Put the segments back, or "
+            "make a backup: `gwproxy backup`"
+        ]
+    if first == 1:
+        # There may be a gap where the database was ahead: it has what the journal never had.
+        with suppress(Gap):
+            return await _replayed(found, tables, from_the_start=True)
+    try:
+        return missing + await _replayed(found, tables, from_the_start=False)
+    except Gap as gap:
+        return [
+            *missing,
+            f"{trail.directory}: {gap}, nor has the database, which ends at {mark.lsn}",
+        ]
+
+
+async def _replayed(found: Scan, tables: inspect.Tables, *, from_the_start: bool) -> list[str]:
+    """What is wrong with the journal's records, and with the database beside them; Gap."""
+    mark = tables.mark
     stored = await load_state(tables, breathe=_breathe)
     since = loaded_since(mark.t)
     faults: list[str] = []
@@ -170,7 +204,6 @@ async def _journal_faults(found: Scan, tables: inspect.Tables) -> list[str]:
                 await fetch_balance(tables, stored, key)
         faults.extend(differences(state, stored))
 
-    from_the_start = trail.segments[0].first_lsn == 1
     state = State() if from_the_start else stored
     older = Older(tables, state, "" if from_the_start else since)
     for record in _records(found, state.lsn):

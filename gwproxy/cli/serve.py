@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 
 import uvloop
@@ -66,6 +67,8 @@ async def _reload(args: argparse.Namespace, call: Call) -> int:
 def run(args: argparse.Namespace) -> int:
     # Database, sockets and whatever else is made: for this user alone.
     os.umask(0o077)
+    # Until the configuration is read there is nothing to read anew, and nothing to die of.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def source() -> Config:
         return load(find_config(args.config, os.environ), os.environ, catalogue=CATALOGUE)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-from gwproxy.storage.database import SWAPPED, BackupRefused, Database, packaged
+from gwproxy.storage.database import SWAPPED, BackupRefused, Database, no_file, packaged
 from gwproxy.storage.files import OS_FILES
 from gwproxy.storage.ledger import PUT_BACK, Mark, Mismatch, mark_of
 from gwproxy.storage.scan import Scan
@@ -357,6 +357,9 @@ _INTERRUPTIBLE_OPS: Final = 10_000
 
 
 def _opened(file: Path, how: str) -> sqlite3.Connection:
+    words = no_file(file)
+    if words is not None:
+        raise sqlite3.OperationalError(words)  # as SQLite says what it cannot open
     return sqlite3.connect(f"file:{quote(str(file))}?{how}", uri=True, isolation_level=None)
 
 

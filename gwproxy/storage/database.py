@@ -9,6 +9,7 @@ as DatabaseRefused, with the cure.
 import asyncio
 import os
 import sqlite3
+import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -513,10 +514,28 @@ def lock(path: Path) -> int:
         raise DatabaseRefused(f"{lock_path}: {error.strerror}.") from error
 
 
+def no_file(path: Path) -> str | None:
+    """What stands there in the place of a file, in words. Whoever opens a FIFO waits for ever."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return None  # told by whoever opens it
+    if stat.S_ISREG(mode):
+        return None
+    return "is a directory, not a file" if stat.S_ISDIR(mode) else "is not a regular file"
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
 def _refuse_foreign(path: Path, create: bool) -> None:
     """A file that is plainly somebody else's is left exactly as it is."""
+    words = no_file(path)
+    if words is not None:
+        raise DatabaseRefused(f"{path}: {words}. Move it away, or name another [storage] path.")
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=_without_waiting) as file:
             header = file.read(100)
             pages = os.fstat(file.fileno()).st_size // 4096
     except FileNotFoundError:

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from gwproxy.core.ledger import State, apply
 from gwproxy.core.records import decode
-from gwproxy.storage.database import DatabaseRefused
+from gwproxy.storage.database import DatabaseRefused, no_file
 from gwproxy.storage.files import OS_FILES
 from gwproxy.storage.ledger import Mark, load_state, mark_of
 from gwproxy.storage.scan import Scan, boot_id, scan
@@ -34,6 +34,9 @@ class Tables:
 @contextmanager
 def tables(path: Path) -> Iterator[Tables]:
     """DatabaseRefused where there is none that could be read."""
+    words = no_file(path)
+    if words is not None:
+        raise DatabaseRefused(f"{path}: {words}.")
     try:
         uri = f"file:{quote(str(path))}?mode=ro"
         with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as connection:

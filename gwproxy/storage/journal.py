@@ -293,15 +293,21 @@ class Journal:
         return None
 
     def look(self) -> None:
-        """See whether the file that is written to still stands in its folder: writes to a deleted
-        one succeed, and nobody will ever read them. Once it is back, so is the journal."""
+        """See whether the file that is written to still stands in its folder, as long as it was
+        reserved: writes to a deleted one succeed, and so do those behind the end of one that was
+        cut, and nobody will ever read them. Once it is back, so is the journal."""
         path = self.directory / self._segments[-1].name
         try:
             there = self.files.stands(self._fd, path)
+            size = self.files.size(self._fd)
         except OSError as error:
             self._gone = f"{path} cannot be looked at ({error.strerror})"
-        else:
-            self._gone = None if there else f"{path} is gone, or another file stands there"
+            return
+        self._gone = None
+        if not there:
+            self._gone = f"{path} is gone, or another file stands there"
+        elif size < self._limit:
+            self._gone = f"somebody has cut {path} to {size} of its {self._limit} bytes"
 
     def look_around(self) -> set[str]:
         """See whether the files that are not written to just now still stand in the folder: the
