@@ -164,21 +164,19 @@ async def test_a_hangup_while_it_starts_does_not_end_the_process(tmp_path: Path)
     assert process.stdout is not None
 
     async def hang_up() -> None:
-        while not _heeds(process.pid, signal.SIGHUP):  # before that it is no server yet
-            await asyncio.sleep(0.001)
-        while True:
+        await until(lambda: _heeds(process.pid, signal.SIGTERM))  # before, it is no server yet
+        while process.returncode is None:
             process.send_signal(signal.SIGHUP)
             await asyncio.sleep(0.01)
 
-    hanging_up = asyncio.create_task(hang_up())
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+            hanging_up = group.create_task(hang_up())
             assert (await process.stdout.readline()).startswith(b"gwproxy ready")
-        hanging_up.cancel()
+            hanging_up.cancel()
         process.terminate()
         assert await process.wait() == 0
     finally:
-        hanging_up.cancel()
         if process.returncode is None:
             process.kill()
             await process.wait()
