@@ -146,6 +146,11 @@ async def test_nothing_changed_is_what_the_ledger_has(run: Shell) -> None:
     assert "corrected" in run.err, run.err
     corrected = await _as_charged(run)
     assert corrected != ledgers
+    assert await run("ledger", "rerate", "--prices", "built-in", "--json") == 0
+    everything = run.json["data"][-1]
+    charged, would_be_usd = everything["charged_usd"], everything["would_be_usd"]
+    assert int(charged.replace(".", "")) == corrected
+    assert charged == would_be_usd and run.json["left_as_charged"] > 0
     was, would_be, otherwise = await _simulated(run, month)
     assert (was, would_be) == (corrected, corrected)
     assert 0 < otherwise < was

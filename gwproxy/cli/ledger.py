@@ -329,8 +329,10 @@ def _rerate(args: argparse.Namespace, config: Config) -> int:
     was: dict[str, int] = defaultdict(int)
     would: dict[str, int] = defaultdict(int)
     unpriced: dict[str, int] = defaultdict(int)
+    as_charged = 0
     with inspect.tables(config.storage.path) as tables:
-        for request in asyncio.run(tables.run(lambda c: [*reports.settled(c, args.month)])):
+        for charged in asyncio.run(tables.run(lambda c: [*reports.as_charged(c, args.month)])):
+            request = charged.request
             name = f"{request.provider}/{request.upstream_model}"
             provider = config.providers.get(request.provider)
             slug = CATALOGUE.get(
@@ -340,8 +342,12 @@ def _rerate(args: argparse.Namespace, config: Config) -> int:
             if rate is None:
                 unpriced[name] += 1
                 continue
-            was[name] += request.cost or 0
-            would[name] += rate.cost(Usage(*request.tokens))
+            was[name] += charged.cost
+            if charged.by_tokens:
+                would[name] += rate.cost(Usage(*request.tokens))
+            else:
+                as_charged += 1
+                would[name] += charged.cost
     rows = [
         {
             "model": name,
@@ -357,7 +363,14 @@ def _rerate(args: argparse.Namespace, config: Config) -> int:
         "would_be_usd": format_usd(sum(would.values())),
         "difference_usd": format_usd(sum(would.values()) - sum(was.values())),
     }
-    _print_rows(args, [*rows, totals], {"prices": book.version, "unpriced": dict(unpriced)})
+    more = {"prices": book.version, "unpriced": dict(unpriced), "left_as_charged": as_charged}
+    _print_rows(args, [*rows, totals], more)
+    if as_charged and not args.json:
+        print(
+            f"Left as charged, since no price makes their cost of their tokens (holds, estimates, "
+            f"corrections, several attempts): {as_charged}",
+            file=sys.stderr,
+        )
     files = archive_file.archives(OS_FILES, kept(config).archive)
     archived = sorted({file.name[:7] for file in files if args.month in (None, file.name[:7])})
     if archived:

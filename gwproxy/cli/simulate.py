@@ -130,15 +130,13 @@ def _run(
 # -- the calls -------------------------------------------------------------------------------------
 
 
-def _of_month(charged: Iterable[tuple[Any, int]]) -> Iterator[Call]:
-    for found, added in charged:
-        if found.cost or added:
+def _of_month(charged: Iterable[reports.AsCharged]) -> Iterator[Call]:
+    for each in charged:
+        found = each.request
+        if found.cost or each.added:
             who = (found.user_id, found.org_id, found.key_id)
-            usage, cost = Usage(*found.tokens), (found.cost or 0) + added
-            costly = sum(1 for tried in found.attempts if tried.cost)
-            by_tokens = not added and found.source != "estimated" and costly <= 1
             place = (found.provider, found.upstream_model)
-            yield Call(found.t, *who, *place, usage, cost, by_tokens)
+            yield Call(found.t, *who, *place, Usage(*found.tokens), each.cost, each.by_tokens)
 
 
 def _of_file(path: Path) -> Iterator[Call]:

@@ -362,17 +362,36 @@ def settled(connection: sqlite3.Connection, month: str | None) -> Iterator[Reque
         yield _request(dict(row))
 
 
-def as_charged(connection: sqlite3.Connection, month: str) -> Iterator[tuple[Request, int]]:
-    """The settled requests of a month, each with what reconciliation added to its cost."""
+class AsCharged(msgspec.Struct, frozen=True):
+    """A settled request with what reconciliation added to its cost, in nano-USD."""
+
+    request: Request
+    added: int
+
+    @property
+    def cost(self) -> int:
+        return (self.request.cost or 0) + self.added
+
+    @property
+    def by_tokens(self) -> bool:
+        """Whether its tokens at its model's price come to its cost: not of a hold, an estimate or
+        a correction, and not where several attempts had a cost."""
+        costly = sum(1 for tried in self.request.attempts if tried.cost)
+        return not self.added and self.request.source != "estimated" and costly <= 1
+
+
+def as_charged(connection: sqlite3.Connection, month: str | None) -> Iterator[AsCharged]:
+    """The settled requests of a month, or all of them, as their accounts were charged."""
     corrected = dict(
         connection.execute(
             "SELECT reservation, sum(amount) FROM entry"
-            " WHERE period = ? AND type = 'reconcile' AND account LIKE 'key:%' GROUP BY 1",
+            " WHERE (?1 IS NULL OR period = ?1) AND type = 'reconcile' AND account LIKE 'key:%'"
+            " GROUP BY 1",
             (month,),
         ).fetchall()
     )
     for request in settled(connection, month):
-        yield request, corrected.get(request.lsn, 0)
+        yield AsCharged(request, corrected.get(request.lsn, 0))
 
 
 def balances_at(
