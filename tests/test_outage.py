@@ -3,6 +3,7 @@ within which bound, what monitors are told, and that all of it is in the ledger 
 """
 
 import asyncio
+import io
 import json
 import os
 import sqlite3
@@ -19,6 +20,10 @@ from aiohttp.test_utils import TestClient
 
 from gwproxy.cli import check
 from gwproxy.demo import DemoUpstream
+from gwproxy.log import Log
+from gwproxy.state.store import Kept, opened
+from gwproxy.storage.database import Database, DatabaseInUse
+from gwproxy.storage.segments import JournalInUse
 from gwproxy.storage.verify import findings
 from tests.conftest import Front, StartGateway
 from tests.harness import ADMIN, UPSTREAM_TOKEN, Gateway, bearer, chat, make_key
@@ -244,6 +249,26 @@ async def test_a_journal_that_is_cut_under_the_running_server_lets_nobody_in(
     [line] = await front.gateway.lines("journal lost")
     assert line["cause"] == f"somebody has cut {active} to 600 of its {size} bytes"
     assert (await ask(front, front.key)).status == 503
+
+
+async def test_deleted_lock_files_let_no_second_process_in_and_are_put_back(
+    start_gateway: StartGateway,
+) -> None:
+    front = await start_gateway()
+    lock = front.gateway.database.with_name("gwproxy.db.lock")
+    journal = front.gateway.database.parent / "journal"
+    second = Kept(front.gateway.database, journal, segment_bytes=1 << 20)
+    lock.unlink()
+    (journal / "lock").unlink()
+    with pytest.raises(JournalInUse, match="in use by another process"):
+        async with opened(second, Log(io.StringIO(), "error")):
+            pytest.fail("a second one was let in")
+    lock.unlink(missing_ok=True)
+    await front.gateway.lines("lock file deleted, and put back")
+    assert lock.read_text() == f"{os.getpid()}\n"
+    with pytest.raises(DatabaseInUse):
+        await Database.open(front.gateway.database)
+    assert (await ask(front, front.key)).status == 200
 
 
 async def test_without_its_journal_nobody_is_served_in_either_mode(

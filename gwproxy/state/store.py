@@ -57,6 +57,7 @@ from gwproxy.storage.ledger import (
     loaded_since,
     read_mark,
 )
+from gwproxy.storage.locks import Held
 from gwproxy.storage.reports import Corrected
 from gwproxy.storage.scan import Scan, boot_id, claim, scan
 from gwproxy.storage.segments import CHUNK_BYTES, Gap, JournalRefused
@@ -71,6 +72,7 @@ nothing, on a busy machine either; where the database is slow it comes all the s
 
 BACKUP_LOOK_S: Final = 60.0
 PAY_EVERY_S: Final = 1.0
+LOCK_LOOK_S: Final = 1.0
 
 _PAGE: Final = 1000
 
@@ -345,6 +347,7 @@ class Store:
             group.create_task(self.writer.run(self._stopping)),
             group.create_task(self._keep_backups()),
             group.create_task(self._keep_paying()),
+            group.create_task(self._keep_lock()),
             group.create_task(self.archive.run()),
         ]
 
@@ -440,6 +443,22 @@ class Store:
             if self.ledger.owes:
                 with contextlib.suppress(StorageUnavailable):
                     self.ledger.pay()
+
+    async def _keep_lock(self) -> None:
+        """Without its lock file the database would be opened by a second process too."""
+        told: str | None = None
+        while True:
+            await asyncio.sleep(LOCK_LOOK_S)
+            try:
+                if self.database.keep_lock():
+                    told = None
+                    self._log.event("warning", "lock file deleted, and put back")
+            except OSError:
+                continue  # the folder is away, or full: what else that means is told elsewhere
+            except Held as holder:
+                if told != str(holder):
+                    told = str(holder)
+                    self._log.event("error", f"the lock file is another process's{holder}")
 
     async def _rebuild(self, can_follow: CanFollow, set_aside: bool) -> str:
         """Put a good database in the place of one that is lost; BackupRefused."""

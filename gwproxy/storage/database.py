@@ -279,6 +279,18 @@ class Database:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    def keep_lock(self) -> bool:
+        """Make the lock file anew where somebody has deleted it; whether that was so.
+
+        locks.Held where another process was faster, OSError where it cannot be made.
+        """
+        path = _lock_of(self.path)
+        if self._closed or locks.stands(self._lock_fd, path):
+            return False
+        before, self._lock_fd = self._lock_fd, locks.take(path)
+        os.close(before)
+        return True
+
     # -- work on the one connection ----------------------------------------------------------------
 
     async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
@@ -499,9 +511,13 @@ def packaged() -> list[Migration]:
 # -- opening, in order ---------------------------------------------------------------------------
 
 
+def _lock_of(path: Path) -> Path:
+    return path.with_name(path.name + ".lock")
+
+
 def lock(path: Path) -> int:
     """Take the lock beside the database; the descriptor, whose close gives it back."""
-    lock_path = path.with_name(path.name + ".lock")
+    lock_path = _lock_of(path)
     try:
         return locks.take(lock_path)
     except locks.Held as holder:

@@ -68,7 +68,7 @@ def claim(directory: Path) -> int:
     """Make the folder and lock it for this process; the descriptor whose close gives it back."""
     try:
         make_private(directory)
-        return locks.take(directory / "lock")
+        return locks.take_folder(directory)
     except locks.Held as holder:
         raise JournalInUse(directory, holder) from holder
     except OSError as error:

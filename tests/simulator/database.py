@@ -223,6 +223,10 @@ class PlayedDatabase:
     async def checkpoint(self) -> None:
         self.enter()
 
+    def keep_lock(self) -> bool:
+        """Nobody deletes it here."""
+        return False
+
     def fault(self) -> str | None:
         return self.file.fault
 
