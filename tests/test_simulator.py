@@ -29,9 +29,9 @@ def test_the_ledger_keeps_its_promises_whatever_happens_to_it() -> None:
 
 
 def test_the_same_seed_runs_the_same_steps() -> None:
-    first, second = run_seed(8, "check-then-await"), run_seed(8, "check-then-await")
-    assert first is not None
-    assert first == second
+    found = ((seed, run_seed(seed, "check-then-await")) for seed in range(60))
+    seed, first = next((seed, failure) for seed, failure in found if failure is not None)
+    assert run_seed(seed, "check-then-await") == first
 
 
 @pytest.mark.slow
