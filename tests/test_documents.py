@@ -169,7 +169,8 @@ def test_what_the_installation_changes_is_a_configuration_that_the_unit_starts_w
 
 # -- the command line ------------------------------------------------------------------------------
 
-# Commands of the README that other runs have: CI runs them as they stand, or their own tests do.
+# Commands of the README that other runs have: `make run` never ends, and what it starts has
+# tests of its own; CI makes the environment from the locked files as these lines do.
 ELSEWHERE = ("make run", "python3 -m venv", "pip install --require-hashes")
 
 

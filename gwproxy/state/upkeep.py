@@ -45,6 +45,8 @@ class Upkeep:
         self._unsynced_since: float | None = None
         """Since when something has been written and no sync has succeeded."""
         self._was_lost: str | None = None
+        self._not_removed: str | None = None
+        """The segment that could not be removed the last time; it is tried four times a second."""
         self.missing: set[str] = set()
         """Segments that somebody has taken away."""
         self.more_missing = asyncio.Event()
@@ -91,8 +93,13 @@ class Upkeep:
             return
         async with self._thread(ticket) as error:
             self._journal.end_drop(ticket, error)
+            before, self._not_removed = self._not_removed, None
             if error is not None:
-                self._log.event("error", "journal segment not removed", errno=error.errno)
+                name = self._not_removed = ticket.segments[ticket.done].name
+                if name != before:
+                    self._log.event(
+                        "error", "journal segment not removed", file=name, errno=error.errno
+                    )
 
     def close(self) -> None:
         for _, future in self._waiting:
