@@ -20,7 +20,7 @@ from gwproxy.config import load
 from gwproxy.core.routing import CATALOGUE
 from gwproxy.demo import DemoUpstream
 from gwproxy.web import Router
-from tests.harness import ADMIN_KEY, UPSTREAM_TOKEN, Gateway
+from tests.harness import ADMIN_KEY, UPSTREAM_TOKEN, Gateway, Upstream
 from tests.sdk import config, demo_upstream
 from tests.supervised import SERVICE, Unit, environment_of_the_unit
 
@@ -165,6 +165,40 @@ def test_what_the_installation_changes_is_a_configuration_that_the_unit_starts_w
     assert Unit(SERVICE).all("Service", "StateDirectory") == ["gwproxy"]
     assert found.upstream.token is not None
     assert found.upstream.token.reveal() == ADMIN_KEY
+
+
+# -- without gwproxy -------------------------------------------------------------------------------
+
+
+async def test_without_gwproxy_an_sdk_sends_token_and_key_as_the_page_says(
+    tmp_path: Path, upstream: Upstream
+) -> None:
+    """The key goes to the provider, so that a made-up one would be refused there."""
+    [variables] = blocks(ROOT / "docs" / "ROLLBACK.md", "sh direct")
+    asks = """
+import anthropic, openai
+from openai import Omit, OpenAI
+say = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
+OpenAI().chat.completions.create(**say)
+OpenAI().chat.completions.create(**say, extra_headers={"Authorization": Omit()})
+anthropic.Anthropic().with_options(max_retries=0).messages.with_raw_response.create(
+    **say, max_tokens=1)
+"""
+    script = f"{variables}\n{sys.executable} -W ignore - <<'END'\n{asks}\nEND"
+    base = upstream.url.removesuffix("/")
+    await run(
+        script.replace("TOKEN", UPSTREAM_TOKEN),
+        tmp_path,
+        OPENAI_BASE_URL=f"{base}/compat",
+        OPENAI_API_KEY="a-provider-key",
+        ANTHROPIC_BASE_URL=f"{base}/anthropic",
+        ANTHROPIC_API_KEY="a-provider-key",
+    )
+    sent = upstream.received
+    assert [one.header("cf-aig-authorization") for one in sent] == [f"Bearer {UPSTREAM_TOKEN}"] * 3
+    keys = [one.header("authorization") or one.header("x-api-key") for one in sent]
+    assert ["a-provider-key" in (key or "") for key in keys] == [True, False, True]
+    assert b"/anthropic/v1/messages" in sent[2].head.splitlines()[0]
 
 
 # -- the command line ------------------------------------------------------------------------------

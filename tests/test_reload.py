@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -54,6 +55,29 @@ async def typed(place: Place, life: Life) -> tuple[int, str]:
     said, _ = await process.communicate()
     assert process.returncode is not None
     return process.returncode, said.decode()
+
+
+async def test_a_changed_bootstrap_key_is_taken_over_by_the_command_that_a_refusal_tells(
+    tmp_path: Path, demo: DemoUpstream
+) -> None:
+    """The command reads the new key, and the server still has the old one."""
+    place = prepared(tmp_path / "place", demo, 1)
+    secret = tmp_path / "admin-key"
+    secret.write_text(ADMIN_KEY)
+    config = place.folder / "config.toml"
+    config.write_text(config.read_text().replace("env:GWPROXY_ADMIN_KEY", f"file:{secret}"))
+    new = "another-bootstrap-key-of-32-characters"
+    async with place.life() as life:
+        assert await life.ready()
+        secret.write_text(new)
+        code, said = await typed(place, life)
+        assert code == 2, said
+        [cure] = re.findall(r"kill -HUP \d+", said)
+        assert cure == f"kill -HUP {life.process.pid}"
+        os.kill(int(cure.split()[-1]), signal.SIGHUP)
+        await told(place, "configuration reloaded")
+        assert await typed(place, life) == (0, "The configuration is in force.\n")
+        await life.stop()
 
 
 async def told(place: Place, event: str, count: int = 1) -> str:

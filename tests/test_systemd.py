@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,12 +16,14 @@ from pathlib import Path
 
 import pytest
 
+from gwproxy.cli.serve import REFUSED_START_S, WRONG_CONFIGURATION
 from gwproxy.config import load
 from gwproxy.core.routing import CATALOGUE
 from gwproxy.notify import BEATS_PER_PERIOD
 from tests import raw
 from tests.harness import ADMIN_KEY, UPSTREAM_TOKEN, Received, Upstream, Wire, chat, events
 from tests.raw import PATIENCE_S, Peer, connect, get, post
+from tests.scene import until
 from tests.supervised import (
     ROOT,
     SERVICE,
@@ -256,6 +259,45 @@ def system_calls(name: str) -> Iterator[str]:
             yield from system_calls(word)
         elif word and not word.startswith("#"):
             yield word
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+async def test_a_broken_configuration_is_no_tight_loop_of_starts(
+    tmp_path: Path, upstream: Upstream
+) -> None:
+    """The socket unit would start the service again at once for each client that waits."""
+    async with (
+        supervising(tmp_path, upstream.url) as supervisor,
+        connect(supervisor.port) as waiting,
+    ):
+        waiting.send(get("/health"))
+        began = time.monotonic()
+        async with supervisor.life(GWPROXY__SERVER__DRAIN_S="soon") as service:
+            assert await service.ended() == WRONG_CONFIGURATION
+        assert time.monotonic() - began >= REFUSED_START_S
+        assert "SERVER__DRAIN_S" in supervisor.log.read_text()
+        prevented = Unit(SERVICE).all("Service", "RestartPreventExitStatus")
+        assert prevented == [str(WRONG_CONFIGURATION)]
+        async with supervisor.life(GWPROXY__SERVER__DRAIN_S="soon") as service:
+            await until(lambda: supervisor.log.read_text().count("SERVER__DRAIN_S") == 2)
+            began = time.monotonic()
+            service.signal(signal.SIGTERM)
+            assert await service.ended() == -signal.SIGTERM
+            assert time.monotonic() - began < REFUSED_START_S / 2
+        async with supervisor.life():  # mended: whoever waited is served
+            assert (await waiting.answer()).status == 200
+
+
+async def test_typed_by_somebody_a_broken_configuration_is_told_at_once(tmp_path: Path) -> None:
+    began = time.monotonic()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "gwproxy", "serve", "--config", str(tmp_path / "none.toml")),
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    assert await process.wait() == WRONG_CONFIGURATION
+    assert time.monotonic() - began < REFUSED_START_S
 
 
 # -- restarts --------------------------------------------------------------------------------------

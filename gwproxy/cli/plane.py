@@ -90,6 +90,10 @@ class Unknown(Stop):
     """A server's 404."""
 
 
+class Unauthorized(Stop):
+    """A server's 401: it has another admin key than the configuration that is read here."""
+
+
 # -- what the families share ---------------------------------------------------------------------
 
 
@@ -354,7 +358,7 @@ def _understood(status: int, raw: bytes, place: str) -> dict[str, Any]:
         raise Stop(
             UNREACHABLE, f"What answers at {place} is not gwproxy (status {status})."
         ) from error
-    raise (Unknown if status == 404 else Stop)(_exit_code(status), words)
+    raise {401: Unauthorized, 404: Unknown}.get(status, Stop)(_exit_code(status), words)
 
 
 def _connection(listen: Listen, url: str | None) -> tuple[HTTPConnection, str]:

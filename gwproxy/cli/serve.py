@@ -4,24 +4,30 @@ import argparse
 import os
 import signal
 import sys
+import time
+from typing import Final
 
 import uvloop
 
 from gwproxy.app import serve
 from gwproxy.assets import AssetError
-from gwproxy.cli.plane import UNREACHABLE, Ask, Call, Stop, common_arguments, runs
+from gwproxy.cli.plane import UNREACHABLE, Ask, Call, Stop, Unauthorized, common_arguments, runs
 from gwproxy.cli.printing import print_json
 from gwproxy.config import Config, ConfigError, find_config, load
 from gwproxy.core.routing import CATALOGUE
 from gwproxy.listener import ParserRefused
 from gwproxy.log import Log
 from gwproxy.notify import Notify
-from gwproxy.storage.database import DatabaseRefused
+from gwproxy.storage.database import DatabaseInUse, DatabaseRefused, lock
 from gwproxy.storage.segments import JournalRefused
 
 FINE = 0
 FAILED = 1
 WRONG_CONFIGURATION = 2
+
+REFUSED_START_S: Final = 3.0
+"""What a start under a service manager takes at least where the configuration is wrong: a socket
+unit starts its service anew while a client waits, and gives up after twenty in two seconds."""
 
 
 def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -46,6 +52,14 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
 async def _reload(args: argparse.Namespace, call: Call) -> int:
     try:
         answer = await call(Ask("POST", ("reload",)))
+    except Unauthorized as stop:
+        raise Stop(
+            stop.code,
+            f"{stop} The running server has another admin key than the configuration that is read "
+            f"here. To have it read that: {_hangup(args.config)}; its log has the answer. A key "
+            "that the server has from its environment or as a service's credential is changed by a "
+            "restart.",
+        ) from stop
     except Stop as stop:
         if stop.code != UNREACHABLE or args.url is not None:
             raise
@@ -64,6 +78,18 @@ async def _reload(args: argparse.Namespace, call: Call) -> int:
     return FINE
 
 
+def _hangup(config: str | None) -> str:
+    """The command that does without a key, for whoever may send the server a signal."""
+    found = load(find_config(config, os.environ), os.environ, catalogue=CATALOGUE, local=True)
+    try:
+        os.close(lock(found.storage.path))
+    except DatabaseInUse as in_use:
+        return f"kill -HUP {in_use.pid or 'PID'}"
+    except DatabaseRefused:
+        pass  # another machine's server, or another user's
+    return "send it SIGHUP"
+
+
 def run(args: argparse.Namespace) -> int:
     # Database, sockets and whatever else is made: for this user alone.
     os.umask(0o077)
@@ -76,7 +102,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         config = source()
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        print(error, file=sys.stderr, flush=True)
+        if "NOTIFY_SOCKET" in os.environ or "LISTEN_FDS" in os.environ:
+            time.sleep(REFUSED_START_S)
         return WRONG_CONFIGURATION
     log = Log(level=config.log.level)
     log.start()

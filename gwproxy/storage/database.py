@@ -90,6 +90,8 @@ class DatabaseInUse(DatabaseRefused):
     """Another process holds it: most often the running server."""
 
     def __init__(self, path: Path, holder: locks.Held) -> None:
+        self.pid = str(holder).strip(" ()")
+        """Of the process that holds it; empty where it has not said so yet."""
         self.fact = f"{path}: in use by another process{holder}."
         super().__init__(
             f"{self.fact} Stop it first, or give this one a [storage] path of its own."
