@@ -617,13 +617,24 @@ def _(stack: ExitStack) -> None:
 @defect(
     "another's-outcome",
     "what becomes of an owed record says nothing of one's own",
-    1500,
+    100,
     disk_faults=True,
     clocks=False,
     crashes=0,
 )
 def _(stack: ExitStack) -> None:
-    pay = ledger.Ledger.pay
+    pay, decide = ledger.Ledger.pay, directory.Directory._record
+
+    def unknown() -> None:
+        raise ledger.RecordUncertain("It was written, or it was not.")
+
+    async def late(self: directory.Directory, action: str, *args: Any, **fields: Any) -> Any:
+        # By itself such a record is hardly ever owed just when somebody is to be shut out.
+        if action == "revoke":
+            self._ledger._owed.append(unknown)
+        return await decide(self, action, *args, **fields)
+
+    _instead(stack, directory.Directory, "_record", late)
 
     def mistaken(self: ledger.Ledger) -> None:
         try:
