@@ -92,6 +92,7 @@ class Link(asyncio.Protocol):
             self.transport.abort()
 
     def lost(self, reason: str) -> None:
+        """The connection is gone: the subclass knows what that means for it."""
         raise NotImplementedError
 
 

@@ -274,7 +274,7 @@ def _wait_ready(port: int, child: subprocess.Popen[bytes], log: Path) -> None:
         except OSError:
             if child.poll() is not None or time.monotonic() - began > READY_WITHIN_S:
                 raise ChildFailed(f"gwproxy is not ready: {last_words(log)}") from None
-            time.sleep(0.1)
+            time.sleep(0.1)  # it is a process of its own; its start is not what is measured
 
 
 async def measure(wanted: Settings, children: Children, folder: Path) -> Outcome:

@@ -25,6 +25,7 @@ TICK_S = 0.001
 WORTH_A_LINE_MS = 3.0
 """Of shorter waits there would be thousands of lines; ten milliseconds are what is looked for."""
 SAMPLE_S = 0.002
+"""A wait of ten milliseconds, the shortest that is looked for, is seen about five times."""
 STACKS_KEPT = 2_000
 FRAMES = 8
 

@@ -64,8 +64,6 @@ class Heard:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Heard) and vars(self) == vars(other)
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self) -> str:
         return f"Heard({self.status}, {self.headers}, {self.body!r}, {self.ends})"
 

@@ -74,7 +74,7 @@ def count():
             continue  # one came or went meanwhile
         file.with_suffix(".new").write_text(str(sum(not task.done() for task in tasks)))
         file.with_suffix(".new").replace(file)
-        time.sleep(0.3)
+        time.sleep(0.3)  # several looks between two of the test
 threading.Thread(target=count, daemon=True).start()
 """
 """Python runs this at its start when it finds it as `sitecustomize`: the process itself is as it is

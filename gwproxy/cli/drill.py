@@ -45,6 +45,9 @@ CALLERS: Final = 4
 PAUSE_S: Final = 0.05
 """After a refusal: nobody learns anything from thousands of them."""
 
+LOOK_EVERY_S: Final = 0.05
+"""At a process of its own, which nothing here is told of. Figures are of tenths of a second."""
+
 BACK_WITHIN_S: Final = 60.0
 PATIENCE_S: Final = 30.0
 JUMP_S: Final = 32 * 86_400
@@ -332,7 +335,7 @@ def _until(condition: Callable[[], bool], within_s: float) -> float | None:
     while time.monotonic() - begun < within_s:
         if condition():
             return time.monotonic() - begun
-        time.sleep(PAUSE_S)
+        time.sleep(LOOK_EVERY_S)
     return None
 
 

@@ -34,6 +34,7 @@ CROWD: Final = 50
 READ_EVENTS: Final = 25
 PATIENCE_S: Final = 30
 LOOK_EVERY_S: Final = 0.02
+"""At processes of their own, which nothing here is told of; a newcomer is waiting."""
 
 
 class NotShown(Exception):
